@@ -1,0 +1,185 @@
+"""The contracts between the parts. Nothing here computes; everything else implements or uses it.
+
+Shapes: B batch, V view, h x w token grid of one view, C teacher channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self, TypedDict, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from spatial_forcing.views import Views
+
+Batch = Mapping[str, Any]
+"""A collated training batch with LeRobot's key names: `observation.images.<camera>` (B, 3, H, W) uint8 or
+float in [0, 1], `observation.state` (B, D) raw units, `action` (B, chunk, A) raw units, `action_is_pad`
+(B, chunk) bool, `task` list of B strings, `index` (B,) long, and the keys that `views_from_batch` names."""
+
+Metrics = dict[str, Tensor]
+"""Scalar tensors, detached, averaged over ranks by the training loop."""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where each view's token grid sits in the student's sequence.
+
+    Attributes:
+        index: (B, V, h, w) long: positions in the sequence the decoder blocks see; row-major in a view.
+        valid: (B, V, h, w) bool: False where a token is padding or its view is absent.
+    """
+
+    index: Tensor
+    valid: Tensor
+
+
+class Observation(TypedDict):
+    """What an environment returns and `Student.act` takes."""
+
+    images: Mapping[str, NDArray[np.uint8]]
+    """(H, W, 3) uint8 RGB, upright, by camera; rendered only when read."""
+    state: NDArray[np.float32]
+    """(D,) proprioception in the dataset's raw units."""
+    task: str
+    """The instruction in words."""
+
+
+@runtime_checkable
+class Student(Protocol):
+    """A vision-language-action policy, an `nn.Module`.
+
+    Normalisation and its statistics belong to the student and travel with its checkpoint.
+    """
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The decoder blocks whose residual stream can be tapped, in order."""
+        ...
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm after the last block (tapped for "after all blocks"), or None."""
+        ...
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The action loss (scalar, differentiable) and its metrics."""
+        ...
+
+    def layout(self, batch: Batch) -> TokenLayout:
+        """Where this batch's visual tokens are. Must not need the forward pass."""
+        ...
+
+    def views(self, batch: Batch) -> Views:
+        """What the teacher should see for this batch."""
+        ...
+
+    def act(self, observations: Sequence[Observation], generator: torch.Generator | None = None) -> Tensor:
+        """Action chunks in environment units, (B, chunk, action_dim) float32 on the CPU.
+
+        Deterministic given `generator`; row i depends on observation i (and its noise) alone.
+        """
+        ...
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` in the Hugging Face layout."""
+        ...
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read what `save_pretrained` wrote. Raises `CheckpointError` on another architecture."""
+        ...
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A frozen vision model whose patch features supervise the student.
+
+    Always in eval mode and without gradients; it is never part of a student's module tree.
+    """
+
+    @property
+    def name(self) -> str:
+        """Registry name or checkpoint id."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """C, channels of one feature."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """Number of layers that can be asked for."""
+        ...
+
+    @property
+    def patch(self) -> int:
+        """Pixels on a side of one patch."""
+        ...
+
+    @property
+    def resolution(self) -> int:
+        """Pixels on a side at which views are encoded."""
+        ...
+
+    @property
+    def licence(self) -> str:
+        """SPDX identifier of the weights' licence."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest that changes when weights, config or preprocessing change; caches are bound to it."""
+        ...
+
+    def features(self, views: Views, layers: Sequence[int] = (-1,)) -> tuple[Tensor, ...]:
+        """Patch features, one (B, V, h, w, C) tensor a layer of `layers`, in that order.
+
+        `layers` counts blocks: layer k is the output of block k, 0-based; negative from the end.
+        Absent views get zero rows and never influence present ones.
+        """
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the weights."""
+        ...
+
+
+@runtime_checkable
+class Env(Protocol):
+    """A `gymnasium.Env` with our observation. `info["success"]` is a bool after every step."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the cameras in `Observation.images`."""
+        ...
+
+    @property
+    def task(self) -> str:
+        """The task's registry name, e.g. `reach-v3`."""
+        ...
+
+    @property
+    def horizon(self) -> int:
+        """Steps after which an episode is truncated."""
+        ...
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode; the same seed (or `options={"init_state": i}`) gives the same episode."""
+        ...
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """(observation, reward, terminated, truncated, info)."""
+        ...
+
+    def close(self) -> None:
+        """Free the renderer."""
+        ...
