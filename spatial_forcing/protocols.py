@@ -79,10 +79,15 @@ class Student(Protocol):
         """What the teacher should see for this batch."""
         ...
 
-    def act(self, observations: Sequence[Observation], generator: torch.Generator | None = None) -> Tensor:
+    def act(
+        self,
+        observations: Sequence[Observation],
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
         """Action chunks in environment units, (B, chunk, action_dim) float32 on the CPU.
 
-        Deterministic given `generator`; row i depends on observation i (and its noise) alone.
+        Deterministic given `generator`; row i depends on observation i (and its noise) alone. A sequence
+        gives one generator a row: row i draws from `generator[i]` only, so that batching changes no action.
         """
         ...
 

@@ -184,6 +184,12 @@ def views_from_batch(batch: Mapping[str, Any], cameras: Sequence[str]) -> Views:
         present.append(
             torch.ones(len(image), dtype=torch.bool, device=image.device) if absent is None else ~absent
         )
+    if len({image.shape for image in images}) != 1:
+        sizes = {camera: tuple(image.shape) for camera, image in zip(cameras, images, strict=True)}
+        raise DataError(
+            f"the cameras' images differ in shape: {sizes}. Give the loader one image_size, so that every "
+            "view is letterboxed to it."
+        )
     return Views.create(
         torch.stack(images, 1),
         cameras,

@@ -85,7 +85,11 @@ class FakeStudent(nn.Module):
         return views_from_batch(batch, self.cameras)
 
     @torch.no_grad()
-    def act(self, observations: Sequence[Observation], generator: torch.Generator | None = None) -> Tensor:
+    def act(
+        self,
+        observations: Sequence[Observation],
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
         images = torch.stack(
             [
                 torch.stack([torch.from_numpy(o["images"][c].copy()).permute(2, 0, 1) for c in self.cameras])

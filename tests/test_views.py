@@ -135,3 +135,10 @@ def test_views_from_batch_marks_padding_views_absent():
 def test_a_missing_camera_is_named_with_those_there():
     with pytest.raises(DataError, match=r"'left'.*\['front', 'wrist'\]"):
         views_from_batch(fake_batch(), ("front", "left"))
+
+
+def test_cameras_of_different_sizes_are_refused():
+    batch = fake_batch()
+    batch["observation.images.wrist"] = torch.rand(4, 3, 12, 12)
+    with pytest.raises(DataError, match=r"differ in shape.*wrist.*12"):
+        views_from_batch(batch, CAMERAS)

@@ -1,0 +1,48 @@
+# venv and pip inside; every target can be run on a fresh machine with Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SPATIAL_FORCING := $(BIN)/spatial-forcing
+
+.PHONY: help setup gl quickstart quickstart-smoke test test-slow lint types format clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.stamp  ## Create .venv and install the package with all that the tests need
+
+$(VENV)/.stamp: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+gl:  ## Install the software OpenGL library that the simulators render with, if it is missing
+	@$(PYTHON) scripts/install_gl.py
+
+quickstart: setup gl  ## The main job, end to end: about ten minutes on two cores
+	$(SPATIAL_FORCING) quickstart $(ARGS)
+
+quickstart-smoke: setup gl  ## The same stages at toy size: under four minutes
+	$(SPATIAL_FORCING) quickstart --smoke $(ARGS)
+
+lint: setup  ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## mypy
+	$(BIN)/mypy
+
+test: setup gl lint types  ## Everything that CI runs, but the smoke variant of the quickstart
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup gl  ## Tests of over a minute; run before a release
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+format: setup  ## Rewrite the code as ruff wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,402 @@
+"""The depth probe: how much depth a linear readout finds in frozen features (arXiv 2510.12276, section 3).
+
+The paper trains a DPT head on the frozen model's visual embeddings and shows pictures. Here the readout is
+linear, so that it can only find what is there, and it is measured on held-out episodes against floors
+(the mean depth image, a random student) and a ceiling (the teacher's own features).
+
+A probe maps one token to the log depth of its patch. Every pixel has its own mean over the training frames,
+removed from depth and features alike, so a probe that learns nothing predicts the mean depth image: the
+floor is inside every probe, and what a probe gains comes from the features.
+
+Shapes: N frame, V view, h x w tokens, C channels, R pixels on a side of the depth maps compared.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spatial_forcing.analysis.features import (
+    Frames,
+    Progress,
+    read_depth,
+    silent,
+    student_cameras,
+    student_features,
+    teacher_features,
+)
+from spatial_forcing.data import Dataset
+from spatial_forcing.errors import ConfigError, DataError
+from spatial_forcing.protocols import Student, Teacher
+
+MEAN_IMAGE = "mean depth image"
+TEACHER = "teacher"
+NEAREST = 0.01
+"""Metres; measured depth below it counts as not measured."""
+MOVING = 0.05
+"""A pixel whose log depth varies by more than this (standard deviation, so 5 %) counts as changing."""
+RIDGES = tuple(10.0**k for k in range(-5, 3))
+"""Penalties tried, relative to the features' mean variance."""
+
+
+@dataclass(frozen=True)
+class ProbeMetrics:
+    """One readout on the held-out episodes of one camera; each metric is a mean over images.
+
+    Attributes:
+        name: which features; `kind`: "floor", "student" or "ceiling"; `layer`: blocks before the tap, None
+            where there is no student.
+        camera: name of the camera, or "all" for the mean over cameras.
+        abs_rel: mean of |predicted - true| / true; `abs_rel_error`: its standard error over episodes.
+        rmse: metres.
+        delta: fraction of pixels with max(predicted / true, true / predicted) < 1.25.
+        abs_rel_changing: AbsRel over those pixels whose depth changes between frames; None without any.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    camera: str
+    abs_rel: float
+    abs_rel_error: float
+    rmse: float
+    delta: float
+    abs_rel_changing: float | None
+
+
+@dataclass(frozen=True)
+class DepthPanel:
+    """One held-out frame: image (H, W, 3) uint8, truth (R, R) metres, predictions (R, R) by name."""
+
+    index: int
+    camera: str
+    image: NDArray[np.uint8]
+    truth: NDArray[np.float32]
+    predictions: Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What `probe_depth` found. `metrics` hold every readout by camera; `panels` show the best layer's."""
+
+    metrics: tuple[ProbeMetrics, ...]
+    panels: tuple[DepthPanel, ...]
+    train_frames: int
+    test_frames: int
+    test_episodes: int
+    clip: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the panels, JSON-able."""
+        kept = {k: v for k, v in vars(self).items() if k not in ("metrics", "panels")}
+        return kept | {"metrics": [asdict(m) for m in self.metrics]}
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Row numbers of the frames: `fit` and `tune` (both training episodes), `test`, and test episodes."""
+
+    fit: Tensor
+    tune: Tensor
+    test: Tensor
+    test_episode: NDArray[np.int64]
+
+    @property
+    def train(self) -> Tensor:
+        return torch.cat([self.fit, self.tune])
+
+
+def probe_depth(
+    students: Mapping[str, Student],
+    dataset: Dataset,
+    *,
+    layers: Sequence[int],
+    floors: Mapping[str, Student] | None = None,
+    teacher: Teacher | None = None,
+    cameras: Sequence[str] | None = None,
+    frames: int = 2000,
+    held_out: float = 0.25,
+    side: int = 48,
+    clip: float = 3.0,
+    panels: int = 3,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> ProbeResult:
+    """Fit linear depth readouts on frozen features and measure them on held-out episodes.
+
+    Args:
+        students: by name, e.g. `{"base": ..., "SF": ...}`; frozen, run as they are deployed.
+        dataset: with depth for the cameras probed.
+        layers: numbers of blocks before the tap; a probe is trained for each.
+        floors: students that should know nothing, e.g. one with random weights.
+        teacher: whose features give the ceiling.
+        cameras: default: those of the first student.
+        frames: most frames used, spread evenly over all episodes.
+        held_out: fraction of the episodes kept for measuring.
+        side: R, pixels on a side of the depth maps compared.
+        clip: metres; depth beyond counts as `clip`.
+        panels: held-out frames a camera to return as pictures.
+        batch_size: frames in one forward pass.
+        seed: chooses the held-out episodes.
+        progress: called with (what, done, total).
+
+    Raises:
+        ConfigError: fewer than 4 episodes, a fraction outside (0, 1), no student, or a name used twice.
+        DataError: the dataset lacks a camera or its depth, or too few pixels are measured.
+    """
+    started = time.perf_counter()
+    floors = dict(floors or {})
+    _check(students, floors, dataset, held_out)
+    cameras = tuple(cameras or student_cameras(next(iter(students.values())), dataset))
+    index, split = _choose(dataset, frames, held_out, seed)
+    read = Frames.read(dataset, index, cameras)
+    depth = {c: read_depth(dataset, index, c, side, clip) for c in cameras}
+    probes = {c: _CameraProbe(depth[c], split, clip, c) for c in cameras}
+    results: dict[Key, dict[str, Tensor]] = {
+        (MEAN_IMAGE, "floor", None): {c: probes[c].mean_image() for c in cameras}
+    }
+    for kind, group in (("floor", floors), ("student", students)):
+        for name, student in group.items():
+            tokens = student_features(student, read, layers, batch_size=batch_size, progress=progress)
+            for layer, values in tokens.items():
+                results[name, kind, layer] = _by_camera(probes, values, read.cameras)
+    if teacher is not None:
+        values = teacher_features(teacher, read, batch_size=batch_size, progress=progress)
+        results[TEACHER, "ceiling", None] = _by_camera(probes, values, read.cameras)
+    metrics = [m for key, found in results.items() for m in _metrics(key, found, probes, split)]
+    return ProbeResult(
+        metrics=tuple(metrics),
+        panels=tuple(
+            _panels(results, metrics, read, depth, shown=_spread(len(split.test), panels), test=split.test)
+        ),
+        train_frames=len(split.train),
+        test_frames=len(split.test),
+        test_episodes=len(set(split.test_episode.tolist())),
+        clip=clip,
+        seconds=time.perf_counter() - started,
+    )
+
+
+Key = tuple[str, str, int | None]
+
+
+class _CameraProbe:
+    """Truth of one camera and the readouts fitted to it."""
+
+    def __init__(self, depth: Tensor, split: _Split, clip: float, camera: str) -> None:
+        self.split, self.clip, self.depth = split, clip, depth
+        self.measured = depth > NEAREST
+        if self.measured[split.test].flatten(1).sum(1).min() == 0 or not self.measured[split.fit].any():
+            raise DataError(f"camera {camera!r} has a frame without any measured depth; record it again.")
+        self.log = depth.clamp(min=NEAREST).log()
+        weight = self.measured[split.train].float()
+        count = weight.sum(0)
+        overall = (self.log[split.train] * weight).sum() / weight.sum()
+        self.mean = torch.where(
+            count > 0, (self.log[split.train] * weight).sum(0) / count.clamp(min=1), overall
+        )
+        # Unmeasured pixels take the mean: they pull no probe and are not counted in any metric.
+        self.residual = torch.where(self.measured, self.log - self.mean, 0.0)
+        self.changing = self.residual[split.train].std(0) > MOVING
+
+    def mean_image(self) -> Tensor:
+        """Predictions (test frames, R, R) of the floor."""
+        return self._metres(torch.zeros_like(self.residual[self.split.test]))
+
+    def readout(self, features: Tensor) -> Tensor:
+        """Predictions (test frames, R, R) in metres from (N, h, w, C)."""
+        h, w = features.shape[1:3]
+        R = self.depth.shape[-1]
+        q = max(1, round(R / h))  # every token predicts a q x q patch
+        target = F.interpolate(self.residual[:, None], (h * q, w * q), mode="nearest-exact")
+        target = F.pixel_unshuffle(target, q).permute(0, 2, 3, 1)
+        patches = _ridge(features, target, self.split)
+        image = F.pixel_shuffle(patches.permute(0, 3, 1, 2), q)
+        if image.shape[-2:] != (R, R):
+            image = F.interpolate(image, (R, R), mode="bilinear", align_corners=False)
+        return self._metres(image[:, 0])
+
+    def _metres(self, residual: Tensor) -> Tensor:
+        return (residual + self.mean).exp().clamp(NEAREST, self.clip)
+
+
+def _ridge(features: Tensor, target: Tensor, split: _Split) -> Tensor:
+    """Fit `target` (N, h, w, P) on `features` (N, h, w, C) linearly; predict the test frames.
+
+    Closed form for all penalties by one eigendecomposition; the penalty is chosen on `split.tune`, whose
+    episodes then join the final fit.
+    """
+
+    def solve(rows: Tensor, penalties: Sequence[float]) -> list[Tensor]:
+        x = (features[rows] - mean).flatten(0, 2).double()
+        y = target[rows].flatten(0, 2).double()
+        values, vectors = torch.linalg.eigh(x.T @ x)
+        projected = vectors.T @ (x.T @ y)
+        scale = values.clamp(min=0).mean().clamp(min=1e-12)
+        return [vectors @ (projected / (values.clamp(min=0) + p * scale)[:, None]) for p in penalties]
+
+    mean = features[split.fit].mean(0)
+    tune_x, tune_y = (features[split.tune] - mean).double(), target[split.tune]
+    errors = [float((tune_x @ weight - tune_y).square().mean()) for weight in solve(split.fit, RIDGES)]
+    best = RIDGES[int(np.argmin(errors))]
+    mean = features[split.train].mean(0)
+    (weight,) = solve(split.train, [best])
+    return ((features[split.test] - mean).double() @ weight).float()
+
+
+def _by_camera(
+    probes: Mapping[str, _CameraProbe], features: Tensor, order: Sequence[str]
+) -> dict[str, Tensor]:
+    return {c: probe.readout(features[:, order.index(c)]) for c, probe in probes.items()}
+
+
+def _metrics(
+    key: Key, found: Mapping[str, Tensor], probes: Mapping[str, _CameraProbe], split: _Split
+) -> list[ProbeMetrics]:
+    name, kind, layer = key
+    rows = []
+    for camera, predicted in found.items():
+        probe = probes[camera]
+        values = depth_metrics(predicted, probe.depth[split.test], probe.measured[split.test])
+        keep = probe.measured[split.test] & probe.changing
+        changing = depth_metrics(predicted, probe.depth[split.test], keep)["abs_rel"]
+        per_episode = [
+            values["abs_rel"][split.test_episode == e].nanmean() for e in np.unique(split.test_episode)
+        ]
+        error = (
+            float(torch.stack(per_episode).std() / len(per_episode) ** 0.5) if len(per_episode) > 1 else 0.0
+        )
+        rows.append(
+            ProbeMetrics(
+                name=name,
+                kind=kind,
+                layer=layer,
+                camera=camera,
+                abs_rel=float(values["abs_rel"].nanmean()),
+                abs_rel_error=error,
+                rmse=float(values["rmse"].nanmean()),
+                delta=float(values["delta"].nanmean()),
+                abs_rel_changing=None if not bool(keep.any()) else float(changing.nanmean()),
+            )
+        )
+    return [*rows, _mean_over_cameras(rows)]
+
+
+def _mean_over_cameras(rows: Sequence[ProbeMetrics]) -> ProbeMetrics:
+    def mean(field: str) -> float:
+        return float(np.mean([getattr(r, field) for r in rows]))
+
+    changing = [r.abs_rel_changing for r in rows if r.abs_rel_changing is not None]
+    return ProbeMetrics(
+        name=rows[0].name,
+        kind=rows[0].kind,
+        layer=rows[0].layer,
+        camera="all",
+        abs_rel=mean("abs_rel"),
+        # Cameras share the episodes, so their errors do not average out: the mean is an upper bound.
+        abs_rel_error=mean("abs_rel_error"),
+        rmse=mean("rmse"),
+        delta=mean("delta"),
+        abs_rel_changing=float(np.mean(changing)) if changing else None,
+    )
+
+
+def depth_metrics(predicted: Tensor, truth: Tensor, measured: Tensor) -> dict[str, Tensor]:
+    """AbsRel, RMSE and delta < 1.25 of every image, each (N,); NaN for an image without measured pixels.
+
+    Args:
+        predicted, truth: (N, H, W) metres.
+        measured: (N, H, W) bool: pixels that count.
+    """
+    truth = truth.clamp(min=NEAREST)
+    count = measured.flatten(1).sum(1)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(measured, values, 0.0).flatten(1).sum(1) / count
+
+    ratio = torch.maximum(predicted / truth, truth / predicted)
+    return {
+        "abs_rel": mean((predicted - truth).abs() / truth),
+        "rmse": mean((predicted - truth).square()).sqrt(),
+        "delta": mean((ratio < 1.25).float()),
+    }
+
+
+def _panels(
+    results: Mapping[Key, Mapping[str, Tensor]],
+    metrics: Sequence[ProbeMetrics],
+    frames: Frames,
+    depth: Mapping[str, Tensor],
+    *,
+    shown: NDArray[np.int64],
+    test: Tensor,
+) -> list[DepthPanel]:
+    """The test frames number `shown`, each name at its layer with the lowest AbsRel over all cameras."""
+    best: dict[str, ProbeMetrics] = {}
+    for m in metrics:
+        if m.camera == "all" and (m.name not in best or m.abs_rel < best[m.name].abs_rel):
+            best[m.name] = m
+    found = {name: results[m.name, m.kind, m.layer] for name, m in best.items()}
+    return [
+        DepthPanel(
+            index=int(frames.index[int(test[row])]),
+            camera=camera,
+            image=frames.images[camera][int(test[row])],
+            truth=depth[camera][test[row]].numpy(),
+            predictions={name: predicted[camera][row].numpy() for name, predicted in found.items()},
+        )
+        for row in shown.tolist()
+        for camera in frames.cameras
+    ]
+
+
+def _spread(length: int, count: int) -> NDArray[np.int64]:
+    """At most `count` positions, evenly spread over 0..length - 1."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))
+
+
+def _check(
+    students: Mapping[str, Student], floors: Mapping[str, Student], dataset: Dataset, held_out: float
+) -> None:
+    if not students:
+        raise ConfigError("no student to probe; give at least one.")
+    if twice := (set(students) & set(floors)) | ({MEAN_IMAGE, TEACHER} & (set(students) | set(floors))):
+        raise ConfigError(f"the names {sorted(twice)} are used twice or reserved; rename the students.")
+    if not 0 < held_out < 1:
+        raise ConfigError(f"held_out is {held_out}; expected a fraction between 0 and 1.")
+    if len(dataset.episodes) < 4:
+        raise ConfigError(
+            f"{dataset.root} has {len(dataset.episodes)} episodes; the probe needs at least 4, to fit, tune "
+            "and measure on different ones."
+        )
+
+
+def _choose(dataset: Dataset, frames: int, held_out: float, seed: int) -> tuple[list[int], _Split]:
+    """Frame indices spread evenly over all episodes, and which of them are fitted, tuned and tested on."""
+    episodes = dataset.episodes
+    order = np.random.default_rng(seed).permutation(len(episodes))
+    tests = max(1, round(held_out * len(episodes)))
+    tests = min(tests, len(episodes) - 2)
+    tunes = max(1, round(0.2 * (len(episodes) - tests)))
+    role = np.full(len(episodes), 0)
+    role[order[:tests]], role[order[tests : tests + tunes]] = 2, 1
+    each = max(1, frames // len(episodes))
+    index: list[int] = []
+    owner: list[int] = []
+    for number, episode in enumerate(episodes):
+        picked = episode.start + _spread(episode.length, each)
+        index += picked.tolist()
+        owner += [number] * len(picked)
+    who = np.asarray(owner)
+    fit, tune, test = (torch.from_numpy(np.flatnonzero(role[who] == r)) for r in range(3))
+    return index, _Split(fit, tune, test, who[test.numpy()])

@@ -1,0 +1,148 @@
+"""`spatial-forcing`: one command line from demonstrations to evidence.
+
+Each command is a function in `spatial_forcing.commands`; its module is imported only when it is
+called, so that `--help` answers at once. Options come from the function's signature (tyro).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from spatial_forcing.errors import SpatialForcingError
+from spatial_forcing.registry import unknown
+
+INTERRUPTED = 130
+USER_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command's function is (`module:function` below `spatial_forcing.commands`).
+
+    A `raw` function takes (prog, arguments) and parses them itself.
+    """
+
+    target: str
+    summary: str
+    raw: bool = False
+
+
+Commands = Mapping[str, "Command | Commands"]
+
+
+class GroupRequested(Exception):
+    """The arguments stop at a group of commands, or ask for its help."""
+
+    def __init__(self, path: Sequence[str]) -> None:
+        super().__init__(*path)
+        self.path = list(path)
+
+
+COMMANDS: Commands = {
+    "quickstart": Command(
+        "quickstart:quickstart", "the whole job in small: record, cache, train, evaluate, report"
+    ),
+    "data": {
+        "record": Command("data:record", "record demonstrations of scripted experts into a LeRobot dataset"),
+        "check": Command("data:check", "find damaged files, NaN, wrong shapes and missing cameras"),
+        "info": Command("data:info", "print what a dataset holds"),
+    },
+    "teacher": {
+        "list": Command("teacher:list_teachers", "the teachers that can be named, with their licences"),
+        "pretrain": Command("teacher:pretrain", "train vggt-nano on rendered multi-view scenes"),
+        "evaluate": Command("teacher:evaluate", "depth and pose metrics of a teacher on held-out scenes"),
+    },
+    "cache": {
+        "build": Command("cache:build", "encode a dataset once, so that training needs no teacher"),
+        "info": Command("cache:info", "print a cache's header"),
+        "verify": Command("cache:verify", "check every shard against its checksum"),
+    },
+    "train": Command("train:train", "fine-tune a policy, with or without spatial forcing", raw=True),
+    "evaluate": Command("evaluate:evaluate", "closed-loop success rates with intervals and videos"),
+    "probe": Command("probe:probe", "how much depth a frozen policy's visual tokens hold"),
+    "export": Command("train:export", "write the bare policy of a run: no teacher, no projector"),
+    "report": Command("report:report", "rebuild the HTML report of a quickstart folder"),
+}
+
+
+def resolve(arguments: Sequence[str], commands: Commands = COMMANDS) -> tuple[list[str], Command, list[str]]:
+    """Split `arguments` into the command's path, the command, and what is left for it.
+
+    Raises:
+        ConfigError: no such command; the message suggests the closest.
+        GroupRequested: the arguments stop at a group of commands.
+    """
+    path: list[str] = []
+    entry: Command | Commands = commands
+    rest = list(arguments)
+    while not isinstance(entry, Command):
+        if not rest or rest[0] in ("-h", "--help"):
+            raise GroupRequested(path)
+        name = rest.pop(0)
+        if name not in entry:
+            raise unknown(" ".join(["command", *path]), name, entry)
+        path.append(name)
+        entry = entry[name]
+    return path, entry, rest
+
+
+def usage(path: Sequence[str]) -> Table:
+    """A table of the commands below `path`."""
+    entry: Command | Commands = COMMANDS
+    for name in path:
+        assert not isinstance(entry, Command)
+        entry = entry[name]
+    table = Table(
+        title=" ".join(["spatial-forcing", *path, "COMMAND --help"]), title_justify="left", box=None
+    )
+    table.add_column("command", style="bold")
+    table.add_column("what it does")
+    assert not isinstance(entry, Command)
+    for name, command in entry.items():
+        if isinstance(command, Command):
+            table.add_row(name, command.summary)
+        else:
+            table.add_row(name, " | ".join(command))
+    return table
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one command; raises what it raises."""
+    import tyro
+
+    path, command, rest = resolve(arguments)
+    module, function = command.target.split(":")
+    target = getattr(importlib.import_module(f"spatial_forcing.commands.{module}"), function)
+    prog = " ".join(["spatial-forcing", *path])
+    if command.raw:
+        target(prog, rest)
+    else:
+        tyro.cli(target, prog=prog, args=rest)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: user errors exit with 2 and one message, Ctrl-C with 130."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        run(arguments)
+    except GroupRequested as group:
+        Console().print(usage(group.path))
+        sys.exit(0 if arguments else USER_ERROR)
+    except SpatialForcingError as error:
+        errors.print("[bold red]error:[/]", end=" ")
+        errors.print(str(error), markup=False)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        errors.print("interrupted; run the same command again to go on where it stopped.")
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

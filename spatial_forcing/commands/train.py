@@ -1,0 +1,97 @@
+"""`spatial-forcing train` and `export`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from spatial_forcing.errors import CheckpointError, ConfigError
+from spatial_forcing.students import load_student
+from spatial_forcing.training import PRESETS, TrainConfig
+from spatial_forcing.training import train as run_training
+from spatial_forcing.training.run import CONFIG, POLICY, export_policy
+
+DEFAULT_PRESET = "nano-metaworld"
+
+
+def train(prog: str, arguments: Sequence[str]) -> None:
+    """Fine-tune a policy, with or without spatial forcing.
+
+    `--preset NAME` or `--config RUN/config.json` gives the starting point, every other option overrides one
+    setting of it. The same command resumes; under `accelerate launch -m spatial_forcing.cli train ...` it
+    runs on several processes.
+    """
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default=None)
+    first.add_argument("--config", type=Path, default=None)
+    chosen, rest = first.parse_known_args(list(arguments))
+    description = (
+        f"{train.__doc__}\nFirst of all: --preset NAME, one of {', '.join(sorted(PRESETS))} "
+        f"(default {DEFAULT_PRESET}), or --config FILE."
+    )
+    config = tyro.cli(
+        TrainConfig, prog=prog, description=description, default=starting_point(chosen), args=rest
+    )
+    result = run_training(config)
+    Console().print(
+        f"{result.steps} steps in {result.seconds:.0f} s, at most {result.peak_memory / 2**30:.1f} GiB. "
+        f"Run: {result.folder}, policy: {result.policy}"
+    )
+
+
+def starting_point(chosen: argparse.Namespace) -> TrainConfig:
+    """The configuration that `--preset` or `--config` names; a preset leaves the two folders open.
+
+    Raises:
+        ConfigError: both are given, the preset is unknown (did you mean), or the file is no configuration.
+    """
+    if chosen.config is None:
+        return PRESETS[chosen.preset or DEFAULT_PRESET](tyro.MISSING, tyro.MISSING)
+    if chosen.preset is not None:
+        raise ConfigError("--preset and --config exclude each other; give one starting point.")
+    return TrainConfig.from_plain(read_config(chosen.config))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises `ConfigError` when there is none."""
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path} cannot be read ({error}); give a run's config.json.") from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"--config {path} holds {type(plain).__name__}, not an object with settings.")
+    return plain
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """Where the policy is and where it goes.
+
+    Attributes:
+        source: a run directory, or one of its checkpoints.
+        output: folder to write `config.json` and `model.safetensors` to.
+    """
+
+    source: Path
+    output: Path
+
+
+def export(options: tyro.conf.OmitArgPrefixes[ExportOptions]) -> None:
+    """Write the bare policy of a run: the base's keys and config, no teacher, no projector."""
+    folder = options.source / POLICY
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(
+            f"{folder} holds no policy; give a finished run, or one of its checkpoints/step-* folders."
+        )
+    if options.output.exists():
+        raise ConfigError(f"{options.output} exists; export to a new folder, nothing is overwritten.")
+    student = load_student(folder)
+    export_policy(student, options.output)
+    Console().print(f"policy written to {options.output}")

@@ -1,0 +1,325 @@
+"""Reads LeRobot v3.0 datasets: numbers as arrays in memory, images decoded on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from spatial_forcing.data.images import decode_colour, decode_depth
+from spatial_forcing.data.info import ACTION, BOOKKEEPING, STATE, DatasetInfo, extrinsic_key
+from spatial_forcing.data.stats import Stats, load_stats
+from spatial_forcing.data.tables import image_bytes, read_table, read_tasks, to_numpy
+from spatial_forcing.data.video import VideoReader, packets_digest
+from spatial_forcing.data.writer import STAGING, read_episode_rows
+from spatial_forcing.errors import DataError
+
+if TYPE_CHECKING:
+    from spatial_forcing.data.store import DecodedStore
+
+OPEN_COLUMNS = 16
+"""Image columns of recently read row groups that stay in memory."""
+OPEN_VIDEOS = 16
+"""Video files that stay open."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One row of the episode table. `start` and `stop` are absolute frame indices (stop excluded);
+    `row` is the row of `meta/episodes/` with the files it lies in.
+    """
+
+    index: int
+    length: int
+    start: int
+    stop: int
+    task: str
+    row: dict[str, Any]
+
+
+class Dataset:
+    """A dataset opened for reading; safe to use from several threads.
+
+    Attributes:
+        root: the dataset's folder.
+        info: the content of `meta/info.json`.
+        episodes: the episode table, in order.
+        tasks: instructions, by `task_index`.
+        state: (N, D) float32, action: (N, A) float32, raw units.
+        timestamp: (N,) float32 seconds within the episode.
+        episode_index, frame_index, task_index: (N,) int64.
+    """
+
+    def __init__(
+        self, root: Path, info: DatasetInfo, episodes: list[Episode], tasks: list[str], table: pa.Table
+    ) -> None:
+        self.root = root
+        self.info = info
+        self.episodes = episodes
+        self.tasks = tasks
+        self._table = table
+        self.state = self._vector(STATE) if STATE in info.features else self._empty()
+        self.action = self._vector(ACTION) if ACTION in info.features else self._empty()
+        self.timestamp = self._scalar("timestamp").astype(np.float32)
+        self.episode_index = self._scalar("episode_index")
+        self.frame_index = self._scalar("frame_index")
+        self.task_index = self._scalar("task_index")
+        self._columns: OrderedDict[tuple[str, int, str], pa.ChunkedArray] = OrderedDict()
+        self._row_groups: dict[str, NDArray[np.int64]] = {}
+        self._videos: OrderedDict[str, VideoReader] = OrderedDict()
+        self._file_starts = self._first_index_of_files()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, root: str | Path) -> Self:
+        """Open the dataset in `root`.
+
+        Raises:
+            DataError: not a v3.0 dataset, an unfinished recording without a committed episode, a missing or
+                truncated file, frame indices with gaps, an episode table that disagrees with the data.
+        """
+        root = Path(root)
+        info = DatasetInfo.load(root)
+        if info.total_episodes == 0:
+            staged = len(list((root / STAGING).glob("*.json")))
+            raise DataError(
+                f"{root} holds no committed episode ({staged} recorded, not finalised). "
+                "Run the recording again (it resumes), or DatasetWriter.resume(root).finalize()."
+            )
+        tasks = read_tasks(root)
+        rows = read_episode_rows(root, info)
+        episodes = [
+            Episode(
+                index=int(row["episode_index"]),
+                length=int(row["length"]),
+                start=int(row["dataset_from_index"]),
+                stop=int(row["dataset_to_index"]),
+                task=str((row.get("tasks") or [""])[0]),
+                row={k: v for k, v in row.items() if not k.startswith("stats/")},
+            )
+            for row in rows
+        ]
+        wanted = [k for k in (*info.vectors, *BOOKKEEPING) if k in info.features]
+        tables = [read_table(root / file, wanted) for file in _data_files(info, episodes)]
+        if not tables:
+            raise DataError(f"{root}/meta/episodes lists no episode; run `spatial-forcing data check`.")
+        table = pa.concat_tables(tables)
+        _check_table(root, info, episodes, table)
+        return cls(root, info, episodes, tasks, table)
+
+    def __len__(self) -> int:
+        return self.info.total_frames
+
+    @property
+    def fps(self) -> int:
+        """Frames per second."""
+        return self.info.fps
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the colour cameras."""
+        return tuple(self.info.cameras)
+
+    @property
+    def stats(self) -> dict[str, Stats]:
+        """`meta/stats.json`: feature -> statistic -> array. Raises `DataError` when it is missing."""
+        return load_stats(self.root)
+
+    def image(self, index: int, camera: str) -> NDArray[np.uint8]:
+        """The stored frame, (H, W, 3) uint8, decoded.
+
+        Raises:
+            DataError: unknown camera, index out of range, unreadable image or video.
+        """
+        key = self.info.camera_key(camera)
+        episode = self.episode_of(index)
+        try:
+            with self._lock:
+                if self.info.is_video(key):
+                    return self._video_frame(episode, key, index)
+                data = self._encoded_image(episode, key, index)
+            return decode_colour(data)
+        except (OSError, DataError) as error:
+            raise DataError(
+                f"{self.root}: episode {episode.index}, frame {index - episode.start}, camera {camera!r}: "
+                f"{error} Run `spatial-forcing data check {self.root}`."
+            ) from error
+
+    def depth(self, index: int, camera: str) -> NDArray[np.float32]:
+        """The depth map in metres, (H, W) float32; 0 means no measurement.
+
+        Raises:
+            DataError: the dataset has no depth for `camera`, or it cannot be read.
+        """
+        if camera not in self.info.depths:
+            raise DataError(
+                f"{self.root} has no depth for camera {camera!r}; it has depth for "
+                f"{sorted(self.info.depths)}. Record with depth on."
+            )
+        key = self.info.depths[camera]
+        if self.info.is_video(key):
+            raise DataError(f"{key} is stored as video; this package reads depth as 16-bit images only.")
+        with self._lock:
+            data = self._encoded_image(self.episode_of(index), key, index)
+        unit = (self.info.features[key].get("info") or {}).get("depth_unit") or "mm"
+        return decode_depth(data, unit)
+
+    def intrinsics(self, camera: str) -> NDArray[np.float64]:
+        """The (3, 3) camera matrix in pixels. Raises `DataError` when it was not recorded."""
+        feature = self.info.features[self.info.camera_key(camera)]
+        matrix = (feature.get("info") or {}).get("intrinsics")
+        if matrix is None:
+            raise DataError(f"{self.root} has no intrinsics for camera {camera!r}; record them.")
+        return np.asarray(matrix, dtype=np.float64)
+
+    def extrinsics(self, index: int, camera: str) -> NDArray[np.float32]:
+        """World from camera at a frame, (4, 4), OpenCV axes. Raises `DataError` when not recorded."""
+        self.episode_of(index)
+        if extrinsic_key(camera) not in self.info.features:
+            raise DataError(f"{self.root} has no extrinsics for camera {camera!r}; record them.")
+        column = self._table[extrinsic_key(camera)].slice(index, 1)
+        return to_numpy(column, (4, 4)).astype(np.float32)[0]
+
+    def episode_of(self, index: int) -> Episode:
+        """The episode that frame `index` belongs to. Raises `DataError` when out of range."""
+        if not 0 <= index < len(self):
+            raise DataError(f"frame index {index} is out of range; {self.root} has {len(self)} frames.")
+        return self.episodes[int(self.episode_index[index])]
+
+    def content_hash(self, episode: int, cameras: Sequence[str] | None = None) -> str:
+        """SHA-256 of an episode's encoded colour images (default: all cameras), in camera order.
+
+        It depends on neither the files the episode lies in nor its position in the dataset.
+        """
+        if not 0 <= episode < len(self.episodes):
+            raise DataError(f"episode {episode} is out of range; there are {len(self.episodes)}.")
+        entry = self.episodes[episode]
+        digest = hashlib.sha256(f"{entry.length}".encode())
+        for camera in cameras if cameras is not None else self.cameras:
+            key = self.info.camera_key(camera)
+            digest.update(key.encode())
+            if self.info.is_video(key):
+                start, stop = (entry.row[f"videos/{key}/{end}_timestamp"] for end in ("from", "to"))
+                digest.update(packets_digest(self._video_path(entry, key), start, stop, self.fps).encode())
+                continue
+            for index in range(entry.start, entry.stop):
+                with self._lock:
+                    digest.update(self._encoded_image(entry, key, index))
+        return digest.hexdigest()
+
+    def store(
+        self,
+        cameras: Sequence[str] | None = None,
+        size: int | None = None,
+        progress: bool = True,
+    ) -> DecodedStore:
+        """The decoded store beside the dataset, built or completed first; see `store.DecodedStore`."""
+        from spatial_forcing.data.store import DecodedStore
+
+        return DecodedStore.build(self, cameras or self.cameras, size=size, progress=progress)
+
+    def source_files(self, cameras: Sequence[str]) -> list[Path]:
+        """Every file that holds frames of `cameras`."""
+        files = {self.root / file for file in _data_files(self.info, self.episodes)}
+        for key in map(self.info.camera_key, cameras):
+            if self.info.is_video(key):
+                files.update(self._video_path(episode, key) for episode in self.episodes)
+        return sorted(files)
+
+    def _vector(self, key: str) -> NDArray[np.float32]:
+        column = to_numpy(self._table[key], self.info.features[key]["shape"])
+        return np.array(column, dtype=np.float32).reshape(len(self), -1)  # Arrow's own is read-only
+
+    def _scalar(self, key: str) -> NDArray[Any]:
+        return np.array(to_numpy(self._table[key], (1,)))
+
+    def _empty(self) -> NDArray[np.float32]:
+        return np.zeros((len(self), 0), dtype=np.float32)
+
+    def _first_index_of_files(self) -> dict[str, int]:
+        starts: dict[str, int] = {}
+        for episode in self.episodes:
+            file = _data_file(self.info, episode)
+            starts[file] = min(starts.get(file, episode.start), episode.start)
+        return starts
+
+    def _encoded_image(self, episode: Episode, key: str, index: int) -> bytes:
+        file = _data_file(self.info, episode)
+        row = index - self._file_starts[file]
+        if file not in self._row_groups:
+            metadata = pq.read_metadata(self.root / file)
+            sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            self._row_groups[file] = np.cumsum([0, *sizes])
+        bounds = self._row_groups[file]
+        group = int(np.searchsorted(bounds, row, side="right")) - 1
+        column = _remembered(
+            self._columns,
+            (file, group, key),
+            lambda: pq.ParquetFile(self.root / file).read_row_group(group, columns=[key])[key],
+            OPEN_COLUMNS,
+        )
+        return image_bytes(column, row - int(bounds[group]))
+
+    def _video_path(self, episode: Episode, key: str) -> Path:
+        prefix = f"videos/{key}/"
+        return self.root / self.info.video_file(
+            key, episode.row[prefix + "chunk_index"], episode.row[prefix + "file_index"]
+        )
+
+    def _video_frame(self, episode: Episode, key: str, index: int) -> NDArray[np.uint8]:
+        path = self._video_path(episode, key)
+        reader = _remembered(self._videos, str(path), lambda: VideoReader(path, self.fps), OPEN_VIDEOS)
+        start = float(episode.row[f"videos/{key}/from_timestamp"])
+        return reader.frame(start + (index - episode.start) / self.fps)
+
+
+def _remembered(memory: OrderedDict[Any, Any], key: Any, make: Any, limit: int) -> Any:
+    """The value under `key`, made if absent; the least recently used beyond `limit` are dropped."""
+    if key in memory:
+        memory.move_to_end(key)
+        return memory[key]
+    value = make()
+    memory[key] = value
+    while len(memory) > limit:
+        dropped = memory.popitem(last=False)[1]
+        if isinstance(dropped, VideoReader):
+            dropped.close()
+    return value
+
+
+def _data_file(info: DatasetInfo, episode: Episode) -> str:
+    return info.data_file(episode.row["data/chunk_index"], episode.row["data/file_index"])
+
+
+def _data_files(info: DatasetInfo, episodes: Sequence[Episode]) -> list[str]:
+    return list(dict.fromkeys(_data_file(info, episode) for episode in episodes))
+
+
+def _check_table(root: Path, info: DatasetInfo, episodes: Sequence[Episode], table: pa.Table) -> None:
+    remedy = f"Run `spatial-forcing data check {root}` to see every problem."
+    if len(episodes) != info.total_episodes or table.num_rows != info.total_frames:
+        raise DataError(
+            f"{root}: info.json promises {info.total_episodes} episodes and {info.total_frames} frames; "
+            f"found {len(episodes)} and {table.num_rows}. {remedy}"
+        )
+    index = to_numpy(table["index"], (1,))
+    if not np.array_equal(index, np.arange(len(index))):
+        place = int(np.flatnonzero(index != np.arange(len(index)))[0])
+        raise DataError(f"{root}: row {place} has index {index[place]}, expected {place}. {remedy}")
+    number = to_numpy(table["episode_index"], (1,))
+    for position, episode in enumerate(episodes):
+        rows = number[episode.start : episode.stop]
+        if episode.index != position or len(rows) != episode.length or not (rows == episode.index).all():
+            raise DataError(
+                f"{root}: episode {episode.index} is said to be frames {episode.start} to {episode.stop}, "
+                f"but the data disagrees. {remedy}"
+            )

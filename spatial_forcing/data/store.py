@@ -1,0 +1,245 @@
+"""The decoded store: every frame as raw uint8 in memory-mapped files beside the dataset.
+
+Reading a frame is then a copy of memory instead of a PNG or video decode. Rows are addressed by the
+dataset's absolute frame index. An episode counts only once the header lists it, with the hash of its source
+and a checksum of its rows; so an interrupted build resumes, a grown dataset adds what is new and a changed
+episode is decoded again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from spatial_forcing.data.info import write_json
+from spatial_forcing.errors import DataError, EnvironmentSetupError
+
+if TYPE_CHECKING:
+    from spatial_forcing.data.reader import Dataset
+
+FOLDER = ".decoded"
+FORMAT = 1
+SPARE_BYTES = 256 * 2**20
+"""Disk space that a build must leave free."""
+
+
+def stored_size(frame: tuple[int, int], size: int | None) -> tuple[int, int]:
+    """(height, width) in the store: as recorded, or reduced so that the longer side is `size`."""
+    longest = max(frame)
+    if size is None or longest <= size:
+        return frame
+    return max(1, round(frame[0] * size / longest)), max(1, round(frame[1] * size / longest))
+
+
+def store_bytes(dataset: Dataset, cameras: Sequence[str], size: int | None = None) -> int:
+    """Bytes that a complete store takes."""
+    heights_widths = [stored_size(dataset.info.frame_size(camera), size) for camera in cameras]
+    return len(dataset) * 3 * sum(height * width for height, width in heights_widths)
+
+
+def require_disk(folder: Path, needed: int, what: str) -> None:
+    """Raise `EnvironmentSetupError` unless `needed` bytes (and a little more) are free under `folder`."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed + SPARE_BYTES:
+        raise EnvironmentSetupError(
+            f"{what} needs {needed / 2**20:,.0f} MiB in {folder}, but {free / 2**20:,.0f} MiB are free "
+            f"({SPARE_BYTES // 2**20} MiB must stay free). Free some space or use another disk."
+        )
+
+
+def progress_bar(enabled: bool) -> Progress:
+    """The progress bar of the data tools, on the terminal's error stream."""
+    from rich.console import Console
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not enabled)
+
+
+@dataclass
+class _CameraFile:
+    """One camera's rows and its header: {"height", "width", "episodes": {number: {"hash", "crc"}}}."""
+
+    data: Path
+    header: Path
+    shape: tuple[int, int, int, int]
+
+    def read_header(self) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        if self.header.is_file():
+            try:
+                content = json.loads(self.header.read_text())
+            except ValueError:
+                content = {}
+        frame = list(self.shape[1:])
+        if content.get("format") != FORMAT or content.get("frame") != frame or not self.data.is_file():
+            content = {"format": FORMAT, "frame": frame, "sources": None, "episodes": {}}
+        return content
+
+    def rows_on_disk(self) -> int:
+        """Complete rows in the file, which may be shorter than the dataset or damaged."""
+        return self.data.stat().st_size // int(np.prod(self.shape[1:])) if self.data.is_file() else 0
+
+    def rows(self, mode: str) -> np.memmap[Any, np.dtype[np.uint8]]:
+        self.data.parent.mkdir(parents=True, exist_ok=True)
+        length = int(np.prod(self.shape))
+        if mode != "r":
+            with open(self.data, "ab") as handle:
+                handle.truncate(length)  # a grown dataset keeps what is there
+        return np.memmap(self.data, dtype=np.uint8, mode=mode, shape=self.shape)  # type: ignore[call-overload]
+
+
+class DecodedStore:
+    """Decoded frames of some cameras of one dataset. Get it from `Dataset.store`.
+
+    Attributes:
+        cameras: names, as asked for.
+    """
+
+    def __init__(self, cameras: tuple[str, ...], rows: dict[str, NDArray[np.uint8]]) -> None:
+        self.cameras = cameras
+        self._rows = rows
+
+    @classmethod
+    def build(
+        cls, dataset: Dataset, cameras: Sequence[str], *, size: int | None = None, progress: bool = True
+    ) -> Self:
+        """Open the store, decoding first what is missing. Several processes may call this at once.
+
+        Args:
+            dataset: the source.
+            cameras: names.
+            size: reduce frames so that the longer side has this many pixels (aspect kept); None keeps them.
+            progress: show a progress bar on stderr.
+
+        Raises:
+            DataError: an unknown camera, or a frame that cannot be decoded (its episode is named).
+            EnvironmentSetupError: not enough free disk; nothing was written.
+        """
+        folder = dataset.root / FOLDER
+        files = {}
+        for camera in cameras:
+            shape = (len(dataset), *stored_size(dataset.info.frame_size(camera), size), 3)
+            name = f"{camera}-{shape[1]}x{shape[2]}"
+            files[camera] = _CameraFile(folder / f"{name}.u8", folder / f"{name}.json", shape)
+        with _exclusive(folder):
+            plans = {camera: _missing(dataset, camera, file) for camera, file in files.items()}
+            frames = {c: sum(dataset.episodes[e].length for e in plan) for c, plan in plans.items()}
+            needed = sum(frames[c] * int(np.prod(file.shape[1:])) for c, file in files.items())
+            if needed:
+                require_disk(folder, needed, "the decoded store")
+            with progress_bar(progress and needed > 0) as bar:
+                task = bar.add_task("decoding frames", total=sum(frames.values()))
+                for camera, file in files.items():
+                    _fill(dataset, camera, file, plans[camera], lambda n: bar.advance(task, n))
+        return cls(tuple(cameras), {camera: file.rows("r") for camera, file in files.items()})
+
+    def images(self, indices: Sequence[int] | NDArray[np.integer[Any]], camera: str) -> NDArray[np.uint8]:
+        """Copies of frames, (n, H, W, 3) uint8, by absolute index.
+
+        Raises:
+            DataError: a camera that is not in this store.
+        """
+        return np.ascontiguousarray(self._of(camera)[np.asarray(indices, dtype=np.int64)])
+
+    def frame_size(self, camera: str) -> tuple[int, int]:
+        """(height, width) of the stored frames."""
+        height, width = self._of(camera).shape[1:3]
+        return height, width
+
+    def _of(self, camera: str) -> NDArray[np.uint8]:
+        if camera not in self._rows:
+            raise DataError(
+                f"camera {camera!r} is not in this store; it has {sorted(self._rows)}. "
+                "Name it when building the store."
+            )
+        return self._rows[camera]
+
+
+def verify_store(dataset: Dataset) -> list[tuple[int, str]]:
+    """(episode, camera file) of every stored episode whose rows do not match their checksum."""
+    broken = []
+    for header in sorted((dataset.root / FOLDER).glob("*.json")):
+        content = json.loads(header.read_text())
+        file = _CameraFile(header.with_suffix(".u8"), header, (len(dataset), *content["frame"]))
+        rows = file.rows("r") if file.rows_on_disk() == len(dataset) else None
+        for number, entry in content["episodes"].items():
+            episode = dataset.episodes[int(number)]
+            if rows is None or zlib.crc32(rows[episode.start : episode.stop].tobytes()) != entry["crc"]:
+                broken.append((episode.index, file.data.name))
+    return broken
+
+
+def _missing(dataset: Dataset, camera: str, file: _CameraFile) -> dict[int, str]:
+    """Episodes to decode -> hash of their source; forgets entries that no longer hold."""
+    header = file.read_header()
+    sources = _sources(dataset, camera)
+    entries: dict[str, Any] = header["episodes"]
+    numbers = {str(episode.index) for episode in dataset.episodes}
+    there = file.rows_on_disk()
+    if header["sources"] == sources and set(entries) == numbers and there == len(dataset):
+        return {}
+    hashes = {str(e.index): dataset.content_hash(e.index, [camera]) for e in dataset.episodes}
+    starts = {str(e.index): e.start for e in dataset.episodes if e.stop <= there}
+    kept = {
+        number: entry
+        for number, entry in entries.items()
+        if entry["hash"] == hashes.get(number) and entry["start"] == starts.get(number)
+    }
+    write_json(file.header, {**header, "sources": None, "episodes": kept})
+    if set(kept) == numbers:
+        write_json(file.header, {**header, "sources": sources, "episodes": kept})
+    return {int(number): hashes[number] for number in sorted(numbers - set(kept), key=int)}
+
+
+def _fill(dataset: Dataset, camera: str, file: _CameraFile, plan: dict[int, str], advance: Any) -> None:
+    if not plan:
+        return
+    rows = file.rows("r+")
+    header = file.read_header()
+    height, width = file.shape[1:3]
+    for number, source_hash in plan.items():
+        episode = dataset.episodes[number]
+        for index in range(episode.start, episode.stop):
+            pixels = dataset.image(index, camera)
+            if pixels.shape[:2] != (height, width):
+                resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+                pixels = np.asarray(resized)
+            rows[index] = pixels
+            advance(1)
+        checksum = zlib.crc32(rows[episode.start : episode.stop].tobytes())
+        header["episodes"][str(number)] = {"hash": source_hash, "crc": checksum, "start": episode.start}
+        rows.flush()
+        write_json(file.header, header)
+    write_json(file.header, {**header, "sources": _sources(dataset, camera)})
+
+
+def _sources(dataset: Dataset, camera: str) -> list[list[Any]]:
+    """Name, size and time of every file the camera's frames come from: unchanged means nothing to hash."""
+    files = dataset.source_files([camera])
+    stats = [(path.relative_to(dataset.root).as_posix(), path.stat()) for path in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """One builder at a time; the kernel frees the lock when a process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)

@@ -1,0 +1,147 @@
+"""Video through PyAV: encode an episode, join episodes without re-encoding, decode frames at random."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from spatial_forcing.errors import DataError
+
+CODEC = "libx264"
+QUALITY = "18"
+"""Constant rate factor; 18 is visually lossless for H.264."""
+KEY_FRAMES = 2
+"""Frames between key frames: random access decodes at most this many (LeRobot's choice as well)."""
+
+
+class VideoEncoder:
+    """Encodes frames as they come into an mp4 in memory: H.264, yuv420p (even sizes), no B-frames."""
+
+    def __init__(self, height: int, width: int, fps: int) -> None:
+        self._buffer = io.BytesIO()
+        self._container = av.open(self._buffer, "w", format="mp4")
+        self._stream: Any = self._container.add_stream(
+            CODEC, rate=fps, options={"crf": QUALITY, "preset": "veryfast"}
+        )
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        self._stream.codec_context.gop_size = KEY_FRAMES
+        self._stream.codec_context.max_b_frames = 0
+
+    def add(self, pixels: NDArray[np.uint8]) -> None:
+        """Append one (H, W, 3) frame."""
+        self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+
+    def finish(self) -> bytes:
+        """The complete file; the encoder cannot be used afterwards."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        return self._buffer.getvalue()
+
+
+def join_videos(parts: Sequence[Path], lengths: Sequence[int], fps: int, target: Path) -> None:
+    """Concatenate `parts` of `lengths` frames into `target` by copying packets; atomic.
+
+    Frame i of part p starts at (sum of the lengths before p + i) / fps seconds.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(target.name + ".tmp")
+    with av.open(str(beside), "w", format="mp4") as output:
+        stream: Any = None
+        before = 0
+        for part, length in zip(parts, lengths, strict=True):
+            with av.open(str(part)) as source:
+                origin = source.streams.video[0]
+                stream = stream or output.add_stream_from_template(origin)
+                shift = round(Fraction(before, fps) / origin.time_base)
+                for packet in source.demux(origin):
+                    if packet.dts is None:
+                        continue
+                    packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                    packet.stream = stream
+                    output.mux(packet)
+            before += length
+    os.replace(beside, target)
+
+
+def packets_digest(path: Path, start: float, stop: float, fps: int) -> str:
+    """SHA-256 of the encoded packets shown in [start, stop) seconds; joining does not change it."""
+    digest = hashlib.sha256()
+    half = 0.5 / fps
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        container.seek(max(0, int((start - half) / stream.time_base)), stream=stream, backward=True)
+        for packet in container.demux(stream):
+            if packet.pts is None:
+                continue
+            time = float(packet.pts * stream.time_base)
+            if time >= stop - half:
+                break
+            if time >= start - half:
+                digest.update(bytes(packet))
+    return digest.hexdigest()
+
+
+class VideoReader:
+    """Frames of one mp4 by time; walking forward decodes on, anything else seeks to a key frame."""
+
+    def __init__(self, path: Path, fps: int) -> None:
+        self._path = path
+        self._half = 0.5 / fps
+        self._container = _opened(path)
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_type = "AUTO"
+        self._frames: Iterator[Any] = iter(())
+        self._time = float("-inf")
+
+    def frame(self, time: float) -> NDArray[np.uint8]:
+        """The (H, W, 3) uint8 frame nearest `time` seconds, within half a frame.
+
+        Raises:
+            DataError: there is none (a truncated file).
+        """
+        ahead = (time - self._time) / (2 * self._half)
+        if not 0.5 < ahead < 2 * KEY_FRAMES:
+            self._seek(time)
+        try:
+            for frame in self._frames:
+                self._time = float(frame.pts * self._stream.time_base)
+                if self._time >= time - self._half:
+                    break
+        except av.FFmpegError as error:
+            raise DataError(f"{self._path} cannot be decoded at {time:.3f} s ({error}).") from error
+        if not abs(self._time - time) <= self._half * 1.01:
+            raise DataError(
+                f"{self._path} has no frame at {time:.3f} s; the file is truncated. "
+                "Run `spatial-forcing data check` and restore or re-record the episode."
+            )
+        pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+        return pixels
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+    def _seek(self, time: float) -> None:
+        offset = max(0, int((time - self._half) / self._stream.time_base))
+        self._container.seek(offset, stream=self._stream, backward=True)
+        self._frames = self._container.decode(self._stream)
+        self._time = float("-inf")
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return av.open(str(path))
+    except (OSError, av.FFmpegError) as error:
+        raise DataError(
+            f"{path} cannot be opened as a video ({error}); it is missing or truncated. "
+            "Restore it from where you got it or re-record its episodes."
+        ) from error

@@ -1,0 +1,27 @@
+"""The method: tap, layout, target, projector, loss, and the module that joins them (arXiv 2510.12276).
+
+Read in this order: `loss`, `projector`, `target`, `layout`, `tap`, `module`.
+"""
+
+from spatial_forcing.forcing.adapter import Alignable, ModuleStudent, as_student
+from spatial_forcing.forcing.config import ForcingConfig, resolve_pairs
+from spatial_forcing.forcing.layout import layout_from_input_ids, layout_from_offset, tokens_valid
+from spatial_forcing.forcing.module import SpatialForcing
+from spatial_forcing.forcing.projector import Projector
+from spatial_forcing.forcing.schedule import AlphaSchedule
+from spatial_forcing.protocols import TokenLayout
+
+__all__ = [
+    "Alignable",
+    "AlphaSchedule",
+    "ForcingConfig",
+    "ModuleStudent",
+    "Projector",
+    "SpatialForcing",
+    "TokenLayout",
+    "as_student",
+    "layout_from_input_ids",
+    "layout_from_offset",
+    "resolve_pairs",
+    "tokens_valid",
+]

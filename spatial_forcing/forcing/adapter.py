@@ -1,0 +1,123 @@
+"""Put the method on any PyTorch model without changing its code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from spatial_forcing.errors import ConfigError
+from spatial_forcing.protocols import Batch, Metrics, TokenLayout
+from spatial_forcing.views import Views
+
+Loss = Callable[[nn.Module, Any], Any]
+
+
+@runtime_checkable
+class Alignable(Protocol):
+    """The part of `protocols.Student` that the alignment needs; acting and saving are not its business."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The decoder blocks, in order."""
+        ...
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm after the last block, or None."""
+        ...
+
+    def layout(self, batch: Batch) -> TokenLayout:
+        """Where the batch's visual tokens are."""
+        ...
+
+    def views(self, batch: Batch) -> Views:
+        """What the teacher should see."""
+        ...
+
+
+class ModuleStudent(nn.Module):
+    """Any model as a student; made by `as_student`. `model` is the model itself, unchanged."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        blocks: Sequence[nn.Module],
+        layout: Callable[[Any], TokenLayout],
+        views: Callable[[Any], Views],
+        loss: Loss | None,
+        final_norm: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        # Lists keep modules that already belong to `model` from being registered (and saved) twice.
+        self._blocks = list(blocks)
+        self._final_norm = [final_norm]
+        self._layout, self._views, self._loss = layout, views, loss
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The decoder blocks given to `as_student`."""
+        return self._blocks
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm given to `as_student`."""
+        return self._final_norm[0]
+
+    def layout(self, batch: Any) -> TokenLayout:
+        """The batch's layout, by the function given to `as_student`."""
+        return self._layout(batch)
+
+    def views(self, batch: Any) -> Views:
+        """The batch's views, by the function given to `as_student`."""
+        return self._views(batch)
+
+    def forward(self, batch: Any) -> tuple[Tensor, Metrics]:
+        """The model's own loss and metrics.
+
+        Raises:
+            ConfigError: the model returned no loss.
+        """
+        result = self.model(**batch).loss if self._loss is None else self._loss(self.model, batch)
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        if not isinstance(loss, Tensor):
+            raise ConfigError(
+                f"the student returned {type(loss).__name__} as its loss; put the labels in the batch or "
+                "pass loss=lambda model, batch: ... to as_student."
+            )
+        return loss, metrics
+
+
+def as_student(
+    model: nn.Module,
+    *,
+    blocks: Sequence[nn.Module],
+    layout: Callable[[Any], TokenLayout],
+    views: Callable[[Any], Views],
+    loss: Loss | None = None,
+    final_norm: nn.Module | None = None,
+) -> ModuleStudent:
+    """Wrap any model so that `SpatialForcing` can train it.
+
+    Args:
+        model: the model; its parameters keep their names, and `SpatialForcing.export()` returns it.
+        blocks: its decoder blocks in order, e.g. `model.model.language_model.layers`.
+        layout: batch -> TokenLayout; see `layout_from_input_ids` and `layout_from_offset`.
+        views: batch -> Views, images in [0, 1].
+        loss: (model, batch) -> loss or (loss, metrics); default `model(**batch).loss`.
+        final_norm: the norm after the last block; only needed to tap after all blocks.
+
+    Raises:
+        ConfigError: `blocks` is empty or holds modules that are not part of the model.
+    """
+    own = {id(module) for module in model.modules()}
+    strangers = [i for i, block in enumerate(blocks) if id(block) not in own]
+    if not len(blocks) or strangers:
+        raise ConfigError(
+            f"as_student: blocks {strangers} of {len(blocks)} are not modules of {type(model).__name__}; "
+            "pass its decoder layers, e.g. model.model.language_model.layers."
+        )
+    return ModuleStudent(model, blocks=blocks, layout=layout, views=views, loss=loss, final_norm=final_norm)

@@ -1,0 +1,378 @@
+"""SpatialForcing: student in, (loss, metrics) out.
+
+    sf = SpatialForcing(student, teacher)      # attach
+    loss, metrics = sf(batch)                  # L = L_action + alpha * L_align
+    policy = sf.export()                       # the bare student; nothing of this package is left in it
+
+It is the one module that Accelerate (DDP, FSDP) prepares, so that both losses pass its gradient
+synchronisation. The teacher is reached by a reference outside the module tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from spatial_forcing.errors import CheckpointError, ConfigError, LayoutError
+from spatial_forcing.forcing.adapter import Alignable, ModuleStudent
+from spatial_forcing.forcing.config import ForcingConfig, resolve_pairs
+from spatial_forcing.forcing.layout import check_layout, gather_tokens, shifted
+from spatial_forcing.forcing.loss import alignment_loss, sample_cosines, sum_over_ranks, world_size
+from spatial_forcing.forcing.projector import Projector
+from spatial_forcing.forcing.tap import Tap, check_trainable, width_of
+from spatial_forcing.forcing.target import Standardiser, make_targets, token_validity
+from spatial_forcing.protocols import Batch, Metrics, Teacher, TokenLayout
+from spatial_forcing.views import Views
+
+MAX_EMPTY_STEPS = 100
+"""Consecutive training steps without any valid token after which training stops."""
+
+
+class SpatialForcing(nn.Module):
+    """A student whose intermediate visual tokens are pulled towards a frozen teacher's (arXiv 2510.12276).
+
+    Args:
+        student: an `nn.Module` that is a `Student` (or `Alignable`; see `as_student`).
+        teacher: a `Teacher`; may be None where alpha is 0.
+        config: the method's settings. With alpha 0 there is no projector, no tap and no teacher call, and
+            training is bit-identical to training the student alone.
+        student_dim: width of the student's residual stream; default: read from its norms.
+
+    Attributes:
+        student: the policy; parameters are saved under `student.`.
+        projector, standardiser: trained or counted beside it, or None; see `projector_state_dict`.
+        pairs: the aligned (blocks before the tap, teacher layer), resolved to indices >= 0.
+
+    Raises:
+        ConfigError: no teacher although alpha > 0, a layer that does not exist, an unknown width.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | None,
+        config: ForcingConfig | None = None,
+        *,
+        student_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config if config is not None else ForcingConfig()
+        self.student = student
+        self.projector: Projector | None = None
+        self.standardiser: Standardiser | None = None
+        self.pairs: tuple[tuple[int, int], ...] = ()
+        self._schedule = self.config.alpha_schedule
+        self._progress: float | None = None
+        self._window: _Window | None = None
+        self._empty_steps = 0
+        self._trainable_checked = False
+        self._teacher = _Outside(teacher if self.active else None)
+        if self.active:
+            self._attach(teacher, student_dim)
+
+    def _attach(self, teacher: Teacher | None, student_dim: int | None) -> None:
+        if teacher is None:
+            raise ConfigError(
+                f"alpha is {self.config.alpha}, but there is no teacher; pass one (load_teacher) or set "
+                "alpha to 0."
+            )
+        student, config = self._alignable, self.config
+        blocks = list(student.blocks)
+        self.pairs = resolve_pairs(config.pairs, len(blocks), teacher.depth)
+        self._tap = Tap(blocks, [k for k, _ in self.pairs], student.final_norm)
+        self._layers = tuple(dict.fromkeys(layer for _, layer in self.pairs))
+        width = student_dim or width_of(blocks, student.final_norm)
+        device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
+        self.projector = Projector(
+            width, teacher.dim, config.norm, gate=len(self._tap.depths) if config.gate else 0
+        ).to(device)
+        if config.standardise:
+            self.standardiser = Standardiser(len(self._layers), teacher.dim).to(device)
+
+    # ---- what the training loop uses
+
+    @property
+    def active(self) -> bool:
+        """Whether this run aligns at all (alpha is not 0 throughout)."""
+        return self.config.alpha > 0
+
+    @property
+    def alpha(self) -> float:
+        """The present weight of the alignment loss.
+
+        Raises:
+            ConfigError: the schedule moves, but `set_progress` was never called.
+        """
+        if self._progress is None and self._schedule.needs_progress and self.active:
+            raise ConfigError(
+                f"alpha follows the schedule {self._schedule}, but its progress is unknown; call "
+                "set_progress(step, total_steps) before every step."
+            )
+        return self.config.alpha * self._schedule.factor(self._progress or 0.0)
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Tell the schedule where training is; `step` counts optimizer steps from 0."""
+        if total_steps < 1 or step < 0:
+            raise ConfigError(
+                f"set_progress({step}, {total_steps}): expected step >= 0 and total_steps >= 1."
+            )
+        self._progress = min(step / total_steps, 1.0)
+
+    def expect(self, batches: Sequence[Batch], divisor: int | None = None) -> None:
+        """Announce the micro-batches of one optimizer step, so that their losses add up to one mean.
+
+        The denominator of the alignment loss (samples with any valid token) is then summed over these
+        batches and all ranks; without it every forward is normalised over the ranks alone. Every rank must
+        call this alike.
+
+        Args:
+            batches: this rank's micro-batches, on the device, in the order they will be passed.
+            divisor: what the loop divides each loss by; default the number of batches (as Accelerate does
+                when the window is full).
+        """
+        if not self.active:
+            return
+        counts = torch.stack([self._valid(batch)[2].flatten(1).any(1).sum() for batch in batches]).sum()
+        total = int(sum_over_ranks(counts))
+        self._count_empty(total)
+        self._window = _Window(total, divisor or len(batches), len(batches))
+
+    @torch.compiler.disable(recursive=False)
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The training loss of `batch` and its metrics.
+
+        Metrics beyond the student's own: `action_loss`, `alpha` and, where the alignment is active,
+        `align_loss`, `cosine` (and one for each pair), `samples_without_tokens`. With several ranks or
+        micro-batches, `align_loss` and `cosine` are weighted so that their mean is the global value.
+
+        Raises:
+            ConfigError, LayoutError: see `Tap`, `check_trainable`, `check_layout`.
+        """
+        alpha = self.alpha
+        if alpha == 0:
+            loss, metrics = self.student(batch)
+            shared = {"action_loss": loss.detach(), "alpha": loss.new_tensor(0.0, requires_grad=False)}
+            return self._touch_projector(loss), {**metrics, **shared}
+        loss, align_loss, metrics = self._losses(batch)
+        return loss + alpha * align_loss, {**metrics, "alpha": loss.detach().new_tensor(alpha)}
+
+    # ---- what is kept, and what is handed on
+
+    def export(self) -> nn.Module:
+        """The bare student (the wrapped model itself after `as_student`), without a trace of the alignment.
+
+        Training may go on afterwards, unless the student is compiled.
+        """
+        if self.active:
+            self._tap.detach()
+        return self.student.model if isinstance(self.student, ModuleStudent) else self.student
+
+    def projector_state_dict(self) -> dict[str, Tensor]:
+        """Everything trained or counted that is not the student (projector, gate, moments); may be empty."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("student.")}
+
+    def load_projector_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore `projector_state_dict`.
+
+        Raises:
+            CheckpointError: missing, surplus or misshapen entries; the message lists them.
+        """
+        own = self.projector_state_dict()
+        missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        misshapen = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+        if missing or surplus or misshapen:
+            raise CheckpointError(
+                f"the projector's state does not fit: missing {missing}, surplus {surplus}, other shape "
+                f"{misshapen}; resume with the configuration and teacher it was trained with."
+            )
+        self.load_state_dict(dict(state), strict=False)
+
+    @torch.compiler.disable
+    def gradient_audit(self, batch: Batch) -> dict[str, float]:
+        """Do the two losses pull the student the same way?
+
+        Returns the cosine between their gradients over the student's parameters that both reach, and both
+        norms there (`cosine`, `action_norm`, `align_norm`; alpha not included). Runs in eval mode and changes
+        no `.grad`. Not for models under reentrant checkpointing, which has no gradients of this kind.
+
+        Raises:
+            ConfigError: the alignment is not active.
+        """
+        if not self.active:
+            raise ConfigError("gradient_audit needs the alignment loss, but alpha is 0 throughout this run.")
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            loss, align_loss, _ = self._losses(batch)
+        finally:
+            for module, training in modes:
+                module.training = training
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        action = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        align = torch.autograd.grad(align_loss, parameters, allow_unused=True)
+        both = [
+            (a.flatten(), b.flatten())
+            for a, b in zip(action, align, strict=True)
+            if a is not None and b is not None
+        ]
+        a, b = (torch.cat([pair[i] for pair in both]).double() for i in (0, 1))
+        cosine = torch.nn.functional.cosine_similarity(a, b, dim=0)
+        return {"cosine": float(cosine), "action_norm": float(a.norm()), "align_norm": float(b.norm())}
+
+    # ---- inside
+
+    @property
+    def _alignable(self) -> Alignable:
+        return cast(Alignable, self.student)
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, Metrics]:
+        views, layout, valid = self._valid(batch)
+        self._tap.attach()
+        self._tap.arm()
+        try:
+            loss, metrics = self.student(batch)
+        finally:
+            self._tap.disarm()
+        align_loss, own = self._align(self._tap.take(), views, layout, valid)
+        return loss, align_loss, {**metrics, "action_loss": loss.detach(), **own}
+
+    @torch.compiler.disable
+    def _valid(self, batch: Batch) -> tuple[Views, TokenLayout, Tensor]:
+        """The batch's views, its checked and shifted layout, and which tokens have a target (B, V, h, w)."""
+        views = self._alignable.views(batch)
+        layout = shifted(self._alignable.layout(batch), self.config.token_shift)
+        B, V = views.present.shape
+        check_layout(layout, batch_size=B, views=V)
+        device = views.present.device
+        layout = TokenLayout(layout.index.to(device), layout.valid.to(device))
+        return views, layout, token_validity(layout, views, self.config.registration)
+
+    @torch.compiler.disable
+    def _align(
+        self, captured: Mapping[int, Tensor], views: Views, layout: TokenLayout, valid: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """The alignment loss from captured states; scaled for ranks and micro-batches, not by alpha."""
+        samples = valid.flatten(1).any(1)
+        weight = self._weight(int(samples.sum()))
+        hidden = {k: self._tokens(k, state, layout) for k, state in captured.items()}
+        targets = dict(zip(self._layers, self._targets(views, layout, valid), strict=True))
+        mask = valid.flatten(1)
+        assert self.projector is not None
+        if self.config.gate:
+            layer = self._layers[0]
+            aligned = [(f"teacher{layer}", self.projector.mix(list(hidden.values())), layer, 1.0)]
+        else:
+            widths = self.config.widths or (1.0,) * len(self.pairs)
+            aligned = [
+                (f"block{k}_teacher{layer}", hidden[k], layer, width)
+                for (k, layer), width in zip(self.pairs, widths, strict=True)
+            ]
+        losses, metrics = [], {}
+        for name, state, layer, width in aligned:
+            on_device = mask.to(state.device)
+            projected = self.projector(state, on_device, width)
+            target = targets[layer].flatten(1, 3).to(state.device)
+            losses.append(alignment_loss(projected, target, on_device, weight))
+            cosines = sample_cosines(projected.detach(), target, on_device)
+            metrics[f"cosine/{name}"] = cosines.sum() * weight
+        align_loss = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+        metrics["cosine"] = torch.stack(list(metrics.values())).mean()
+        metrics["align_loss"] = align_loss.detach()
+        metrics["samples_without_tokens"] = (~samples).sum().float()
+        return align_loss, metrics
+
+    def _tokens(self, k: int, state: Tensor, layout: TokenLayout) -> Tensor:
+        B, V = layout.index.shape[:2]
+        if state.shape[0] != B:
+            raise LayoutError(
+                f"the residual stream after {k} blocks has batch size {state.shape[0]}, the layout {B}; "
+                "return one layout row for each row of the decoder's batch."
+            )
+        check_layout(layout, batch_size=B, views=V, length=state.shape[1])
+        if torch.is_grad_enabled() and not self._trainable_checked:
+            check_trainable(state, k, list(self._alignable.blocks), list(self.student.parameters()))
+            self._trainable_checked = k == self._tap.depths[-1]
+        return gather_tokens(state, layout)
+
+    @torch.no_grad()
+    def _targets(self, views: Views, layout: TokenLayout, valid: Tensor) -> Sequence[Tensor]:
+        teacher = self._teacher.on(views.images.device)
+        if bool(valid.any()):
+            features = teacher.features(views, self._layers)
+        else:
+            features = (views.images.new_zeros(*valid.shape[:2], 1, 1, teacher.dim),) * len(self._layers)
+        return make_targets(
+            features,
+            views,
+            layout,
+            valid=valid,
+            registration=self.config.registration,
+            pe_scale=self.config.pe_scale,
+            standardiser=self.standardiser,
+        )
+
+    def _weight(self, samples: int) -> float:
+        """What one sample's loss counts, so that the mean over ranks and micro-batches is the global mean."""
+        if (
+            not self.training
+        ):  # ranks may evaluate different numbers of batches; never wait for each other here
+            return 1 / max(samples, 1)
+        if self._window is not None:
+            total, divisor = self._window.total, self._window.divisor
+            self._window = self._window.next()
+        else:
+            device = next(self.student.parameters()).device
+            total, divisor = int(sum_over_ranks(torch.tensor(samples, device=device))), 1
+            self._count_empty(total)
+        return world_size() * divisor / max(total, 1)
+
+    def _count_empty(self, samples: int) -> None:
+        self._empty_steps = 0 if samples else self._empty_steps + 1
+        if self._empty_steps >= MAX_EMPTY_STEPS:
+            raise LayoutError(
+                f"no sample had a valid visual token for {MAX_EMPTY_STEPS} consecutive steps, so nothing is "
+                "aligned. Check Views.present, padding masks, the augmentation's geometry and the layout's "
+                "valid."
+            )
+
+    def _touch_projector(self, loss: Tensor) -> Tensor:
+        """Keep the projector in the graph while alpha is 0: DDP waits for every parameter's gradient."""
+        parameters: Iterable[nn.Parameter] = () if self.projector is None else self.projector.parameters()
+        for parameter in parameters:
+            loss = loss + 0 * parameter.sum()
+        return loss
+
+
+class _Window:
+    """The micro-batches that `expect` announced: their common denominator, and how many are still to come."""
+
+    def __init__(self, total: int, divisor: int, remaining: int) -> None:
+        self.total, self.divisor, self.remaining = total, divisor, remaining
+
+    def next(self) -> _Window | None:
+        return _Window(self.total, self.divisor, self.remaining - 1) if self.remaining > 1 else None
+
+
+class _Outside:
+    """Holds the teacher where `nn.Module` does not look: not saved, not trained, not copied, not pickled."""
+
+    def __init__(self, teacher: Teacher | None = None) -> None:
+        self._teacher = teacher
+        self._device: torch.device | None = None
+
+    def on(self, device: torch.device) -> Teacher:
+        if self._teacher is None:
+            raise ConfigError("the teacher is not there (it is never pickled); build SpatialForcing anew.")
+        if self._device != device:
+            self._teacher.to(device)
+            self._device = device
+        return self._teacher
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Outside], tuple[()]]:
+        return type(self), ()

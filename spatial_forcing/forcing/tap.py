@@ -1,0 +1,208 @@
+"""The tap: the student's residual stream after k decoder blocks, read without touching the model's code.
+
+The state after k blocks is what enters block k. It is read by a pre-hook on that block's
+`input_layernorm`, where there is one: models that run two experts jointly (pi0) call a block's parts one
+by one and never the block itself. Blocks without it are hooked themselves. The state after all blocks is
+what enters the final norm, or, where there is none, what leaves the last block.
+
+Hooks stay in place between forwards but do nothing unless armed, and keep the first capture only:
+activation checkpointing runs a block (and so the hook) again during backward, and what the hook sees in
+that second run is not part of the graph that the loss was computed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from spatial_forcing.errors import ConfigError
+
+
+class Tap:
+    """Captures the residual stream after each of `depths` blocks during an armed forward.
+
+    Args:
+        blocks: the student's decoder blocks, in order.
+        depths: how many blocks lie before each tap, 0..len(blocks).
+        final_norm: the norm after the last block, or None.
+
+    Attach it before the student is compiled: a compiled graph ignores hooks that came later.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], depths: Sequence[int], final_norm: nn.Module | None
+    ) -> None:
+        self.depths = tuple(dict.fromkeys(depths))
+        self.captured: dict[int, Tensor] = {}
+        self.armed = False
+        self._blocks = list(blocks)
+        self._final_norm = final_norm
+        self._handles: list[RemovableHandle] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the hooks in place; nothing happens if they are."""
+        if not self._handles:
+            # Blocks compiled one by one share code; by default it ignores that only some of them have a hook.
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
+            self._handles = [self._hook(k) for k in self.depths]
+
+    def detach(self) -> None:
+        """Remove the hooks from the student."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def arm(self) -> None:
+        """Start a forward: forget earlier captures and take the next ones."""
+        self.captured = {}
+        self.armed = True
+
+    def disarm(self) -> None:
+        """End a forward: later calls of the blocks (recomputation, inference) are ignored."""
+        self.armed = False
+
+    def take(self) -> dict[int, Tensor]:
+        """The captured states by depth, each (B, L, D), and forget them.
+
+        Raises:
+            ConfigError: a hook never fired, or captured something that is no hidden state.
+        """
+        captured, self.captured = self.captured, {}
+        for k in self.depths:
+            if k not in captured:
+                raise ConfigError(
+                    f"the tap after {k} blocks never fired: {self.site(k)} was not called in the student's "
+                    "forward. Check that `blocks` lists the modules that really run, in order, and attach "
+                    "SpatialForcing before the student is compiled or run."
+                )
+            if captured[k].ndim != 3:
+                raise ConfigError(
+                    f"the tap after {k} blocks read a tensor of shape {tuple(captured[k].shape)}; expected "
+                    "(batch, sequence, width). Pass the decoder's blocks as `blocks`."
+                )
+        return captured
+
+    def site(self, k: int) -> str:
+        """In words, where the tap after `k` blocks sits; for messages."""
+        if k < len(self._blocks):
+            return f"block {k} ({type(self._blocks[k]).__name__})"
+        return "the final norm" if self._final_norm is not None else f"block {k - 1}, the last one,"
+
+    def _hook(self, k: int) -> RemovableHandle:
+        if k == len(self._blocks) and self._final_norm is None:
+            return self._blocks[-1].register_forward_hook(_OutputHook(self, k))
+        module = self._final_norm if k == len(self._blocks) else first_norm(self._blocks[k])
+        assert module is not None
+        return module.register_forward_pre_hook(_InputHook(self, k), with_kwargs=True)
+
+
+def first_norm(block: nn.Module) -> nn.Module:
+    """The block's `input_layernorm`, or the block itself where there is none."""
+    norm = getattr(block, "input_layernorm", None)
+    return norm if isinstance(norm, nn.Module) else block
+
+
+class _InputHook:
+    """A pre-hook. An object, not a closure, so that a deep copy of the model captures into its own tap."""
+
+    def __init__(self, tap: Tap, depth: int) -> None:
+        self.tap, self.depth = tap, depth
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self.tap.armed and self.depth not in self.tap.captured:
+            value = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+            self.tap.captured[self.depth] = _tensor(value, self.depth)
+
+
+class _OutputHook:
+    """A forward hook, for models without a final norm."""
+
+    def __init__(self, tap: Tap, depth: int) -> None:
+        self.tap, self.depth = tap, depth
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.tap.armed and self.depth not in self.tap.captured:
+            self.tap.captured[self.depth] = _tensor(output, self.depth)
+
+
+def _tensor(value: Any, depth: int) -> Tensor:
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    if not isinstance(value, Tensor):
+        raise ConfigError(
+            f"the tap after {depth} blocks found {type(value).__name__} where the hidden state was expected; "
+            "a block must take it as its first argument and return it first."
+        )
+    return value
+
+
+def check_trainable(
+    hidden: Tensor, k: int, blocks: Sequence[nn.Module], parameters: Sequence[nn.Parameter]
+) -> None:
+    """Refuse a tap that no trainable parameter can influence: the loss would train nothing but the projector.
+
+    Args:
+        hidden: the captured state.
+        k: blocks before the tap.
+        blocks: the student's blocks.
+        parameters: the student's parameters.
+
+    Raises:
+        ConfigError: nothing below the tap is trainable, or the state was captured without a graph.
+    """
+    # Parameters inside a reentrant checkpoint are not in the graph of its output, so look at them directly.
+    below = any(p.requires_grad for block in blocks[:k] for p in block.parameters())
+    if below and not hidden.requires_grad:
+        raise ConfigError(
+            f"the tap after {k} blocks read a state without gradient although parameters below it are "
+            "trainable: the blocks ran under no_grad. A reentrant checkpoint around several blocks does "
+            "this; use use_reentrant=False, or checkpoint block by block."
+        )
+    if not below and not (hidden.requires_grad and _reaches(hidden, parameters)):
+        unfreeze = f"blocks 0..{k - 1} (or put LoRA on them), the" if k else "the"
+        raise ConfigError(
+            f"nothing below the tap after {k} blocks is trainable, so the alignment loss cannot change the "
+            f"student. Unfreeze {unfreeze} token embedding or the vision tower, or tap a later layer."
+        )
+
+
+def _reaches(hidden: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether the graph of `hidden` leads to one of `parameters`."""
+    wanted = {id(p) for p in parameters if p.requires_grad}
+    if id(hidden) in wanted:
+        return True
+    pending, seen = [hidden.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        seen.add(node)
+        pending.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+def width_of(blocks: Sequence[nn.Module], final_norm: nn.Module | None) -> int:
+    """Width of the residual stream, read from the norms that take it.
+
+    Raises:
+        ConfigError: no norm tells; the message says how to give it.
+    """
+    candidates = [first_norm(block) for block in blocks] + [final_norm]
+    # Only direct children: norms deeper in a block may act on one attention head.
+    candidates += [m for block in blocks for m in block.children() if type(m).__name__.endswith("Norm")]
+    for module in candidates:
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 1:
+            return weight.numel()
+    raise ConfigError(
+        "the width of the student's residual stream cannot be read from its norms; give it as "
+        "SpatialForcing(..., student_dim=WIDTH)."
+    )

@@ -1,0 +1,121 @@
+"""What every student shares: the registry, `load_student`, and the files of a checkpoint.
+
+A new student is one module that implements `protocols.Student` and one `STUDENTS.add(model_type, cls)`
+line; `students/__init__.py` imports it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from spatial_forcing.errors import CheckpointError
+from spatial_forcing.protocols import Student
+from spatial_forcing.registry import Registry
+
+__all__ = ["STUDENTS", "Student", "load_student", "load_weights", "read_config", "save_checkpoint"]
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+STUDENTS: Registry[type[Student]] = Registry("student")
+"""Student classes by the `model_type` of their `config.json`."""
+
+
+def load_student(folder: str | Path) -> Student:
+    """The student saved in `folder`, whichever registered class it is.
+
+    Raises:
+        CheckpointError: no readable `config.json`, or its model type is not a registered student.
+    """
+    kind = read_config(folder)["model_type"]
+    if kind not in STUDENTS:
+        raise CheckpointError(
+            f"{Path(folder) / CONFIG_FILE} describes a {kind!r} model, which is not a student of this "
+            f"package; it knows {', '.join(sorted(STUDENTS))}."
+        )
+    return STUDENTS[kind].from_pretrained(folder)
+
+
+def read_config(folder: str | Path, expected: str | None = None) -> dict[str, Any]:
+    """The content of `config.json`, with `model_type` checked against `expected` when that is given.
+
+    Raises:
+        CheckpointError: the file is missing or malformed, or describes another architecture.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist; give the folder that `save_pretrained` wrote."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); save the student again.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path} names no model_type; it is not the configuration of a student.")
+    if expected is not None and config["model_type"] != expected:
+        raise CheckpointError(
+            f"{path} describes a {config['model_type']!r} model, not {expected!r}; "
+            "use `load_student`, which picks the class, or give another folder."
+        )
+    return config
+
+
+def save_checkpoint(module: nn.Module, config: Mapping[str, Any], folder: str | Path) -> None:
+    """Write `model.safetensors`, then `config.json`; each is written beside and renamed.
+
+    `config` must hold `model_type`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().contiguous().cpu() for name, value in module.state_dict().items()}
+    _replace(folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    text = json.dumps(dict(config), indent=2) + "\n"
+    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_weights(module: nn.Module, folder: str | Path) -> None:
+    """Load `model.safetensors` of `folder` into `module`; keys and shapes must agree exactly.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or keys are missing, surplus or of another shape.
+    """
+    path = Path(folder) / WEIGHTS_FILE
+    try:
+        stored = load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; the checkpoint is incomplete.") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error}); copy it again.") from error
+    own = module.state_dict()
+    reshaped = [
+        f"{key}: {tuple(stored[key].shape)} stored, {tuple(own[key].shape)} expected"
+        for key in sorted(own.keys() & stored.keys())
+        if stored[key].shape != own[key].shape
+    ]
+    faults = {
+        "missing": sorted(own.keys() - stored.keys()),
+        "surplus": sorted(stored.keys() - own.keys()),
+        "of another shape": reshaped,
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
+        raise CheckpointError(f"{path} does not fit {type(module).__name__} ({listed}).")
+    module.load_state_dict(stored)

@@ -1,0 +1,340 @@
+"""The nano student: a small vision-language-action model that trains on one CPU core.
+
+Sequence: [text | view 0 patches | view 1 patches | ... | proprio | action tokens], attended to in both
+directions; text padding and absent views are masked. Patches are row-major, `(image_size / patch_size)^2`
+a view. An action head turns the last tokens into a chunk of actions.
+
+Shapes: B batch, V view, N tokens, D width, T chunk, A action_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spatial_forcing.errors import CheckpointError, ConfigError, DataError
+from spatial_forcing.protocols import Batch, Metrics, Observation, TokenLayout
+from spatial_forcing.students.base import STUDENTS, load_weights, read_config, save_checkpoint
+from spatial_forcing.students.blocks import Block
+from spatial_forcing.students.heads import FlowHead, Generators, L1Head
+from spatial_forcing.students.normalize import Normalizer, NormMode, Stats
+from spatial_forcing.students.tokenizer import PAD, tokenize
+from spatial_forcing.views import FRAME_PREFIX, GEOMETRY_PREFIX, IMAGE_PREFIX, Views, views_from_batch
+
+MODEL_TYPE = "nano"
+STATE, ACTION = "observation.state", "action"
+
+
+@dataclass(frozen=True)
+class NanoConfig:
+    """Everything but the weights.
+
+    Attributes:
+        cameras: ordered camera names; the sequence and the teacher's views follow this order.
+        image_size: pixels on a side; images of another size are resized (squashed if not square).
+        patch_size: pixels on a side of one visual token.
+        width, depth, heads: of the decoder.
+        state_dim, action_dim, chunk: sizes of the dataset's state and action, and actions a prediction.
+        head: "l1" (regression) or "flow" (flow matching, `flow_steps` Euler steps).
+        vocab, max_text: hashed word ids and words an instruction may have.
+        dropout: on the residual branches, in training only.
+        state_norm, action_norm: normalisation by the dataset's statistics.
+        blank_images: the blind control: the student (not the teacher) sees mid-grey images.
+    """
+
+    cameras: tuple[str, ...]
+    image_size: int = 96
+    patch_size: int = 16
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    state_dim: int = 4
+    action_dim: int = 4
+    chunk: int = 8
+    head: Literal["l1", "flow"] = "l1"
+    flow_steps: int = 10
+    vocab: int = 4096
+    max_text: int = 16
+    dropout: float = 0.0
+    state_norm: NormMode = "mean_std"
+    action_norm: NormMode = "min_max"
+    blank_images: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cameras", tuple(self.cameras))
+        if not self.cameras or len(set(self.cameras)) != len(self.cameras):
+            raise ConfigError(f"cameras is {self.cameras}; expected one or more distinct names.")
+        for name in ("patch_size", "width", "depth", "heads", "state_dim", "action_dim", "chunk", "max_text"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.image_size < self.patch_size or self.image_size % self.patch_size:
+            raise ConfigError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}.")
+        if self.width % (2 * self.heads):
+            raise ConfigError(f"width {self.width} is no multiple of 2 x heads ({self.heads}).")
+        if self.head not in ("l1", "flow"):
+            raise ConfigError(f"head is {self.head!r}; expected 'l1' or 'flow'.")
+        if self.vocab < 2 or not 0 <= self.dropout < 1:
+            raise ConfigError(f"vocab {self.vocab} (at least 2) or dropout {self.dropout} ([0, 1)) is wrong.")
+
+    @property
+    def grid(self) -> int:
+        """Visual tokens on a side of one view."""
+        return self.image_size // self.patch_size
+
+
+class NanoVLA(nn.Module):
+    """Views, instruction and proprioception in, a chunk of actions out. Implements `protocols.Student`."""
+
+    def __init__(self, config: NanoConfig, *, seed: int = 0) -> None:
+        """Initial weights depend on `seed` alone; the global random stream is left as it was."""
+        super().__init__()
+        self.config = config
+        width, tokens = config.width, config.grid**2
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
+            self.text_embed = nn.Embedding(config.vocab, width)
+            self.text_position = nn.Parameter(torch.empty(config.max_text, width))
+            self.view_position = nn.Parameter(torch.empty(len(config.cameras), tokens, width))
+            self.state_embed = nn.Sequential(
+                nn.Linear(config.state_dim, width), nn.GELU(), nn.Linear(width, width)
+            )
+            self.action_query = nn.Parameter(torch.empty(config.chunk, width))
+            self.layers = nn.ModuleList(
+                Block(width, config.heads, dropout=config.dropout) for _ in range(config.depth)
+            )
+            self.norm = nn.LayerNorm(width)
+            self.head: L1Head | FlowHead = (
+                L1Head(width, config.action_dim)
+                if config.head == "l1"
+                else FlowHead(width, config.action_dim, config.heads, config.flow_steps)
+            )
+            self._initialise()
+        self.state_norm = Normalizer(config.state_dim, config.state_norm)
+        self.action_norm = Normalizer(config.action_dim, config.action_norm)
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.2)
+        for table in (self.text_position, self.view_position, self.action_query):
+            nn.init.normal_(table, std=0.2)
+        with torch.no_grad():  # keeps the residual stream's variance independent of the depth
+            for name, value in self.layers.named_parameters():
+                if name.endswith(("out.weight", "mlp.2.weight")):
+                    value.div_(math.sqrt(2 * self.config.depth))
+
+    @classmethod
+    def create(cls, config: NanoConfig, stats: Stats, *, seed: int = 0) -> Self:
+        """A new student that normalises with `stats`, the dataset's statistics (LeRobot `meta/stats.json`).
+
+        Raises:
+            DataError: `observation.state` or `action` statistics are missing or of another size.
+        """
+        student = cls(config, seed=seed)
+        student.state_norm.fit(stats, STATE)
+        student.action_norm.fit(stats, ACTION)
+        return student
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The decoder blocks, in order."""
+        return list(self.layers)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm after the last block; it sees the whole sequence."""
+        return self.norm
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the cameras, in order."""
+        return self.config.cameras
+
+    def views(self, batch: Batch) -> Views:
+        """What the teacher should see: `views_from_batch`, at the batch's own resolution."""
+        return views_from_batch(batch, self.cameras)
+
+    def layout(self, batch: Batch) -> TokenLayout:
+        """Constant positions, (B, V, h, w); tokens of absent views are invalid."""
+        present = self._images(batch, corner=True).present
+        (B, V), side = present.shape, self.config.grid
+        index = torch.arange(V * side * side, device=present.device) + self.config.max_text
+        valid = present[:, :, None, None].expand(B, V, side, side)
+        return TokenLayout(index.view(1, V, side, side).expand(B, V, side, side), valid)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The head's loss on normalised actions, averaged over the steps that are not padding.
+
+        Raises:
+            DataError: a key is missing from the batch, or has another shape than the config says.
+        """
+        hidden = self._decode(batch)
+        shape = (len(hidden), self.config.chunk, self.config.action_dim)
+        actions = self._vector(batch, ACTION, shape)
+        is_pad = batch.get("action_is_pad")
+        if is_pad is None:
+            is_pad = torch.zeros(shape[:2], dtype=torch.bool)
+        loss = self.head.loss(
+            hidden, self.action_norm.normalize(actions), is_pad.to(actions.device, torch.bool)
+        )
+        return loss, {self.head.metric: loss.detach()}
+
+    @torch.no_grad()
+    def act(self, observations: Sequence[Observation], generator: Generators = None) -> Tensor:
+        """Action chunks in environment units, (B, chunk, action_dim) float32 on the CPU.
+
+        Always in eval mode, whatever `training` is. `generator` (flow head only) may also be a sequence
+        of B generators, one a row; a single one gives row i its i-th draw.
+
+        Raises:
+            DataError: an observation lacks a camera or has a state of another size.
+        """
+        with _evaluating(self):
+            hidden = self._decode(self._collate(observations))
+            return self.action_norm.denormalize(self.head.sample(hidden, generator)).float().cpu()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`; statistics are among the weights."""
+        config = {"model_type": MODEL_TYPE, "architectures": [type(self).__name__], **asdict(self.config)}
+        save_checkpoint(self, config, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: another architecture, unknown or invalid settings, or weights that do not fit.
+        """
+        stored = read_config(folder, MODEL_TYPE)
+        known = {field.name for field in fields(NanoConfig)}
+        settings = {key: value for key, value in stored.items() if key not in ("model_type", "architectures")}
+        if surplus := sorted(settings.keys() - known):
+            raise CheckpointError(f"{folder}/config.json has unknown settings {surplus}; another version?")
+        try:
+            student = cls(NanoConfig(**settings))
+        except (TypeError, ConfigError) as error:
+            raise CheckpointError(
+                f"{folder}/config.json does not describe a nano student: {error}"
+            ) from error
+        load_weights(student, folder)
+        return student
+
+    @property
+    def _device(self) -> torch.device:
+        return self.action_query.device
+
+    def _decode(self, batch: Batch) -> Tensor:
+        """Hidden states of the action tokens after the final norm, (B, T, D)."""
+        tokens, keep = self._embed(batch)
+        for block in self.layers:
+            tokens = block(tokens, keep)
+        return self.norm(tokens)[:, -self.config.chunk :]
+
+    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The sequence (B, N, D) and which of it may be attended to, (B, N) bool."""
+        own = self._images(batch)
+        B = len(own.images)
+        patches = self.patch_embed(self._pixels(own.images).flatten(0, 1)).flatten(2).transpose(1, 2)
+        patches = patches.unflatten(0, own.images.shape[:2]) + self.view_position
+        words = self._words(batch, B)
+        state = self.state_norm.normalize(self._vector(batch, STATE, (B, self.config.state_dim)))
+        tokens = [
+            self.text_embed(words) + self.text_position,
+            patches.flatten(1, 2),
+            self.state_embed(state)[:, None],
+            self.action_query.expand(B, -1, -1),
+        ]
+        seen = own.present.repeat_interleave(patches.shape[2], dim=1)
+        always = seen.new_ones(B, 1 + self.config.chunk)
+        return torch.cat(tokens, dim=1), torch.cat([words != PAD, seen, always], dim=1)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """[0, 1] to [-1, 1]; mid-grey for the blind control."""
+        return torch.zeros_like(images) if self.config.blank_images else images * 2 - 1
+
+    def _images(self, batch: Batch, corner: bool = False) -> Views:
+        """The student's own images (B, V, 3, image_size, image_size), checked.
+
+        The stored frames that a cached teacher reads are left out. `corner` takes one pixel of each
+        image only, enough to know which views are present.
+        """
+        own: dict[str, Any] = {}
+        for key, value in batch.items():
+            if key.startswith(IMAGE_PREFIX) and key.removeprefix(IMAGE_PREFIX) in self.cameras:
+                own[key] = value[..., :1, :1] if corner else self._resize(value.to(self._device))
+            elif not key.startswith((FRAME_PREFIX, GEOMETRY_PREFIX)):
+                own[key] = value
+        return views_from_batch(own, self.cameras).to(self._device)
+
+    def _resize(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 or float -> (B, 3, image_size, image_size) float."""
+        size = (self.config.image_size, self.config.image_size)
+        image = image.float() / 255 if image.dtype == torch.uint8 else image
+        if image.shape[-2:] == size:
+            return image
+        return F.interpolate(image, size, mode="bilinear", antialias=True)
+
+    def _words(self, batch: Batch, count: int) -> Tensor:
+        texts = batch.get("task")
+        if texts is None or len(texts) != count:
+            raise DataError(f"the batch has {count} images a camera and task {texts!r}; expected as many.")
+        return tokenize(texts, self.config.vocab, self.config.max_text).to(self._device)
+
+    def _vector(self, batch: Batch, key: str, shape: tuple[int, ...]) -> Tensor:
+        if key not in batch:
+            raise DataError(f"{key!r} is not in the batch; it has {sorted(batch)}.")
+        value = batch[key]
+        if tuple(value.shape) != shape:
+            raise DataError(
+                f"{key!r} is {tuple(value.shape)}; this student takes {shape}. "
+                "Record that feature with the student's size, or change state_dim, action_dim or chunk."
+            )
+        return value.to(self._device, torch.float32)
+
+    def _collate(self, observations: Sequence[Observation]) -> dict[str, Any]:
+        if not observations:
+            raise DataError("act was given no observation; give at least one.")
+        batch: dict[str, Any] = {"task": [seen["task"] for seen in observations]}
+        try:
+            states = [torch.from_numpy(np.array(seen["state"], np.float32)) for seen in observations]
+            batch[STATE] = torch.stack(states)
+        except RuntimeError as error:
+            raise DataError(f"the observations' states differ in size ({error}).") from error
+        for camera in self.cameras:
+            rows = []
+            for seen in observations:
+                if camera not in seen["images"]:
+                    raise DataError(
+                        f"an observation lacks camera {camera!r}; it has {sorted(seen['images'])}."
+                    )
+                image = torch.from_numpy(np.array(seen["images"][camera]))
+                rows.append(self._resize(image.movedim(-1, 0)[None].to(self._device)))
+            batch[IMAGE_PREFIX + camera] = torch.cat(rows)
+        return batch
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+STUDENTS.add(MODEL_TYPE, NanoVLA)

@@ -1,0 +1,136 @@
+"""Teachers by name: the registry, its cards with licences, and `load_teacher`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from spatial_forcing.errors import ConfigError
+from spatial_forcing.protocols import Teacher
+from spatial_forcing.registry import Registry, unknown
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+class TeacherLoader(Protocol):
+    """Builds a teacher from a registry name (with its card), or from a path or hub id (card None)."""
+
+    def __call__(
+        self,
+        source: str,
+        card: TeacherCard | None,
+        *,
+        resolution: int | None,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        heads: bool,
+    ) -> Teacher:
+        """Load frozen weights onto `device`."""
+        ...
+
+
+@dataclass(frozen=True)
+class TeacherCard:
+    """One entry of the registry.
+
+    Attributes:
+        name: registry name; for weights on the hub, their id.
+        loader: builds it.
+        licence: SPDX identifier of the weights' licence.
+        note: one line on what it is and what its licence asks.
+        commercial_alternative: name of an equivalent whose licence allows commercial use, if there is one.
+        folder: where weights that ship with the package are; None for others.
+    """
+
+    name: str
+    loader: TeacherLoader
+    licence: str
+    note: str
+    commercial_alternative: str | None = None
+    folder: Path | None = None
+
+
+TEACHERS: Registry[TeacherCard] = Registry("teacher")
+
+_announced: set[str] = set()
+
+
+def announce_licence(name: str, licence: str) -> None:
+    """Say once in a process under which licence a teacher's weights are used."""
+    if name in _announced:
+        return
+    _announced.add(name)
+    card = TEACHERS.get(name) if name in TEACHERS else None
+    parts = [f"teacher {name!r}: weights under {licence}."]
+    if card is not None:
+        parts.append(card.note)
+        if card.commercial_alternative is not None:
+            parts.append(f"For commercial use: {card.commercial_alternative!r}.")
+    logger.warning(" ".join(parts))
+
+
+def load_teacher(
+    name_or_path: str | Path,
+    *,
+    resolution: int | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    heads: bool = False,
+) -> Teacher:
+    """Load a frozen teacher.
+
+    Args:
+        name_or_path: a registered name, a local VGGT checkpoint (folder, `.safetensors` or `.pt` file),
+            or the hub id of one ("owner/name").
+        resolution: pixels on a side at which views are encoded; default the teacher's own.
+        dtype: arithmetic type: float32, bfloat16 or float16 (or "fp32", "bf16", "fp16").
+        device: where it runs.
+        heads: also load its prediction heads (camera, depth, points), if it has any.
+
+    Raises:
+        ConfigError: unknown name (the closest one is suggested), dtype or resolution.
+        CheckpointError: missing, damaged or foreign weights.
+    """
+    source = str(name_or_path)
+    precision = _resolve_dtype(dtype)
+    card: TeacherCard | None = None
+    if source in TEACHERS:
+        card = TEACHERS[source]
+        loader = card.loader
+    elif Path(source).exists() or _is_hub_id(source):
+        from spatial_forcing.teachers.vggt import load_vggt_teacher  # it imports this module
+
+        loader = load_vggt_teacher
+    else:
+        raise unknown("teacher", source, TEACHERS)
+    teacher = loader(source, card, resolution=resolution, dtype=precision, device=device, heads=heads)
+    announce_licence(teacher.name, teacher.licence)
+    return teacher
+
+
+def _is_hub_id(source: str) -> bool:
+    owner, slash, name = source.partition("/")
+    return bool(slash and owner and name) and "/" not in name and owner not in (".", "..", "~")
+
+
+def _resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise unknown("teacher dtype", dtype, DTYPES)
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise ConfigError(f"teacher dtype {dtype} is not supported; use float32, bfloat16 or float16.")
+    return dtype

@@ -1,0 +1,239 @@
+"""The files of a feature cache.
+
+    header.json           what is cached, and how faithfully
+    shard-00000.bin       fixed-size rows of whole episodes, one row a frame
+    shard-00000.json      which episodes, where, with a checksum each; a shard counts once this exists
+
+A row holds, for every layer, (V, h, w, C) numbers (bf16, or int8 with one float32 scale a token), then the
+presence bits of its views. Every shard has its own record, so builders of different shards share no file.
+
+Shapes: n rows, V view, h x w teacher grid, C channels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spatial_forcing.errors import DataError
+
+VERSION = 1
+HEADER = "header.json"
+CacheDtype = Literal["bf16", "int8"]
+DTYPES = ("bf16", "int8")
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """The teacher whose features are cached; see `protocols.Teacher`."""
+
+    name: str
+    fingerprint: str
+    licence: str
+    dim: int
+    depth: int
+    patch: int
+    resolution: int
+
+
+@dataclass(frozen=True)
+class CacheHeader:
+    """Content of `header.json`.
+
+    Attributes:
+        teacher: whose features.
+        cameras: ordered; all views of a frame were encoded together in this order.
+        layers: of the teacher, 0-based.
+        grid: (h, w).
+        channels: numbers stored a token.
+        dtype: "bf16" or "int8".
+        basis: None for the teacher's own channels.
+        frame_size: (H, W) of the frames before the teacher's own resizing.
+        dataset: the source's name, for messages.
+        fidelity: layer -> "cosine" and "cosine_mean_removed" between stored and fresh features, means over
+            the tokens of `fidelity_frames` frames; empty until a build is complete.
+        fidelity_frames: how many.
+        version: of this layout.
+    """
+
+    teacher: TeacherFacts
+    cameras: tuple[str, ...]
+    layers: tuple[int, ...]
+    grid: tuple[int, int]
+    channels: int
+    dtype: CacheDtype
+    frame_size: tuple[int, int]
+    dataset: str
+    basis: str | None = None
+    fidelity: Mapping[str, Mapping[str, float]] | None = None
+    fidelity_frames: int = 0
+    version: int = VERSION
+
+    @property
+    def row(self) -> np.dtype[Any]:
+        """The layout of one row."""
+        tokens = (len(self.cameras), *self.grid)
+        values = "<u2" if self.dtype == "bf16" else "i1"
+        columns: list[tuple[str, str, tuple[int, ...]]] = []
+        if self.dtype == "int8":
+            columns += [(f"scale{layer}", "<f4", tokens) for layer in self.layers]
+        columns += [(f"layer{layer}", values, (*tokens, self.channels)) for layer in self.layers]
+        columns.append(("present", "u1", ((len(self.cameras) + 7) // 8,)))
+        return np.dtype(columns, align=True)
+
+    def save(self, folder: Path) -> None:
+        """Write it, atomically."""
+        write_json(folder / HEADER, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> CacheHeader:
+        """Read it. Raises `DataError` when it is missing, malformed or of another version."""
+        content = read_json(folder / HEADER)
+        version = content.get("version")
+        if version != VERSION or content.get("basis") is not None:
+            raise DataError(
+                f"{folder / HEADER} is a cache of version {version!r}, basis {content.get('basis')!r}; this "
+                f"package reads version {VERSION} without a basis. Update the package or build it again."
+            )
+        try:
+            return cls(
+                **{
+                    **content,
+                    "teacher": TeacherFacts(**content["teacher"]),
+                    **{key: tuple(content[key]) for key in ("cameras", "layers", "grid", "frame_size")},
+                }
+            )
+        except (TypeError, KeyError) as error:
+            raise DataError(f"{folder / HEADER} is malformed ({error}); build the cache again.") from error
+
+
+@dataclass(frozen=True)
+class CachedEpisode:
+    """Where one episode lies.
+
+    Attributes:
+        episode, first, length, hash: as in `cache_source.SourceEpisode`.
+        row: its first row in the shard.
+        crc: CRC-32 of its rows.
+    """
+
+    episode: int
+    first: int
+    length: int
+    hash: str
+    row: int
+    crc: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A completed shard: its data file, its record, and the episodes in it that are still current."""
+
+    data: Path
+    rows: int
+    episodes: tuple[CachedEpisode, ...]
+
+    @property
+    def record(self) -> Path:
+        """The JSON file beside the data."""
+        return self.data.with_suffix(".json")
+
+    def save(self) -> None:
+        """Write the record, atomically: from now on the shard counts."""
+        write_json(self.record, {"rows": self.rows, "episodes": [asdict(e) for e in self.episodes]})
+
+    def open(self, row: np.dtype[Any]) -> NDArray[Any]:
+        """The rows, memory-mapped, (n,). Raises `DataError` when the file is missing or not whole."""
+        self.check_size(row)
+        return np.memmap(self.data, dtype=row, mode="r", shape=(self.rows,))
+
+    def check_size(self, row: np.dtype[Any]) -> None:
+        """Raise `DataError` when the file is missing or truncated."""
+        size = self.data.stat().st_size if self.data.is_file() else 0
+        if size != self.rows * row.itemsize:
+            raise DataError(
+                f"{self.data} has {size} bytes, {self.rows * row.itemsize} expected: it is damaged. Delete "
+                f"{self.record.name} beside it and build again; only its {len(self.episodes)} episodes "
+                "are redone."
+            )
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The completed shards of a cache, in order. Raises `DataError` on a malformed record."""
+    shards = []
+    for record in sorted(folder.glob("shard-*.json")):
+        content = read_json(record)
+        try:
+            episodes = tuple(CachedEpisode(**entry) for entry in content["episodes"])
+            shards.append(Shard(record.with_suffix(".bin"), int(content["rows"]), episodes))
+        except (TypeError, KeyError) as error:
+            raise DataError(f"{record} is malformed ({error}); delete it and build again.") from error
+    return shards
+
+
+def encode_rows(header: CacheHeader, features: Sequence[Tensor], present: NDArray[np.bool_]) -> NDArray[Any]:
+    """Rows (n,) from one (n, V, h, w, C) tensor a layer of the header and the (n, V) present views."""
+    rows = np.zeros(len(present), dtype=header.row)
+    rows["present"] = np.packbits(present, axis=1)
+    for layer, values in zip(header.layers, features, strict=True):
+        if header.dtype == "bf16":
+            rounded = values.to("cpu", torch.bfloat16).contiguous()
+            rows[f"layer{layer}"] = rounded.view(torch.int16).numpy().view(np.uint16)
+            continue
+        exact = values.to("cpu", torch.float32)
+        scale = exact.abs().amax(-1) / 127
+        codes = exact / torch.where(scale > 0, scale, 1).unsqueeze(-1)
+        rows[f"layer{layer}"] = codes.round().clamp(-127, 127).to(torch.int8).numpy()
+        rows[f"scale{layer}"] = scale.numpy()
+    return rows
+
+
+def decode_values(header: CacheHeader, values: Tensor, scale: Tensor | None) -> Tensor:
+    """Stored numbers (..., C), and scales (...) for int8, as float32."""
+    if header.dtype == "bf16":
+        return values.view(torch.bfloat16).float()
+    assert scale is not None
+    return values.float() * scale.unsqueeze(-1)
+
+
+def decode_present(header: CacheHeader, bits: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """(n, V) bool from the presence bytes of rows."""
+    return np.unpackbits(bits, axis=1, count=len(header.cameras)).astype(bool)
+
+
+def checksum(rows: NDArray[Any], before: int = 0) -> int:
+    """CRC-32 of rows as they lie in the file, continuing from `before`."""
+    return zlib.crc32(np.ascontiguousarray(rows).view(np.uint8).data, before)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write beside, flush to disk, rename."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(beside, "w", encoding="utf-8") as handle:
+        json.dump(content, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises `DataError` when the file is missing or is not a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; build the cache first, or give its folder.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); delete it and build again.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a JSON object; delete it and build again.")
+    return content

@@ -1,0 +1,121 @@
+"""Where a feature cache gets its frames from: episodes with content hashes, and images by index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+Images = Callable[[Indices, str], NDArray[np.uint8]]
+"""(absolute indices, camera) -> (n, H, W, 3) uint8."""
+
+
+@dataclass(frozen=True, order=True)
+class SourceEpisode:
+    """One row of the episode table.
+
+    Attributes:
+        first: absolute index of its first frame.
+        length: number of frames.
+        episode: its number.
+        hash: changes when the images do.
+    """
+
+    first: int
+    length: int
+    episode: int
+    hash: str
+
+
+class FrameSource(Protocol):
+    """What `build_cache` reads."""
+
+    @property
+    def identity(self) -> str:
+        """A name of the dataset for messages; content hashes decide whether it is the same."""
+        ...
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras there are."""
+        ...
+
+    @property
+    def episodes(self) -> Sequence[SourceEpisode]:
+        """The episode table."""
+        ...
+
+    def images(self, indices: Indices, camera: str) -> NDArray[np.uint8]:
+        """Frames, (n, H, W, 3) uint8; anything where the camera is absent."""
+        ...
+
+    def present(self, indices: Indices, camera: str) -> NDArray[np.bool_]:
+        """(n,) bool: whether the camera was recorded in these frames."""
+        ...
+
+
+class DatasetLike(Protocol):
+    """The part of `spatial_forcing.data.Dataset` that `dataset_source` uses."""
+
+    @property
+    def root(self) -> Any:
+        """The dataset's folder."""
+        ...
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of its cameras."""
+        ...
+
+    @property
+    def episodes(self) -> Sequence[Any]:
+        """Rows with `index`, `start` and `length`."""
+        ...
+
+    def image(self, index: int, camera: str) -> NDArray[np.uint8]:
+        """One frame, (H, W, 3) uint8."""
+        ...
+
+    def content_hash(self, episode: int, cameras: Sequence[str] | None = None) -> str:
+        """Digest of an episode's images."""
+        ...
+
+
+class DatasetSource:
+    """A LeRobot dataset as `FrameSource`; every camera is present in every frame."""
+
+    def __init__(self, dataset: DatasetLike, cameras: Sequence[str], images: Images | None) -> None:
+        self.identity = str(dataset.root)
+        self.cameras = tuple(cameras)
+        self.episodes = [
+            SourceEpisode(e.start, e.length, e.index, dataset.content_hash(e.index, self.cameras))
+            for e in dataset.episodes
+        ]
+        self._dataset, self._images = dataset, images
+
+    def images(self, indices: Indices, camera: str) -> NDArray[np.uint8]:
+        """Frames by absolute index, (n, H, W, 3) uint8."""
+        if self._images is not None:
+            return self._images(indices, camera)
+        return np.stack([self._dataset.image(int(index), camera) for index in indices])
+
+    def present(self, indices: Indices, camera: str) -> NDArray[np.bool_]:
+        """All True, (n,)."""
+        return np.ones(len(indices), dtype=bool)
+
+
+def dataset_source(
+    dataset: DatasetLike, cameras: Sequence[str] | None = None, images: Images | None = None
+) -> DatasetSource:
+    """Read a cache's frames from `dataset`.
+
+    Args:
+        dataset: an opened `spatial_forcing.data.Dataset`; its episodes are hashed here.
+        cameras: default all of them, in the dataset's order.
+        images: a faster way to the same frames, such as `dataset.store(cameras).images`.
+    """
+    return DatasetSource(dataset, cameras if cameras is not None else dataset.cameras, images)

@@ -1,0 +1,53 @@
+"""VGGT (arXiv 2503.11651), own implementation: model, checkpoints, frozen teacher, cards of its weights."""
+
+from spatial_forcing.teachers.base import TEACHERS, TeacherCard
+from spatial_forcing.teachers.vggt.config import CameraHeadConfig, DinoV2Config, DPTConfig, VGGTConfig
+from spatial_forcing.teachers.vggt.loading import find_local, load_vggt, save_vggt
+from spatial_forcing.teachers.vggt.model import VGGT
+from spatial_forcing.teachers.vggt.pose import decode_pose, encode_pose
+from spatial_forcing.teachers.vggt.teacher import NANO_FOLDER, VGGT_1B, VGGTTeacher, load_vggt_teacher
+
+__all__ = [
+    "VGGT",
+    "CameraHeadConfig",
+    "DPTConfig",
+    "DinoV2Config",
+    "VGGTConfig",
+    "VGGTTeacher",
+    "decode_pose",
+    "encode_pose",
+    "find_local",
+    "load_vggt",
+    "load_vggt_teacher",
+    "save_vggt",
+]
+
+TEACHERS.add(
+    VGGT_1B,
+    TeacherCard(
+        name=VGGT_1B,
+        loader=load_vggt_teacher,
+        licence="CC-BY-NC-4.0",
+        note="The paper's teacher, 1.26 B parameters, 518 px. Not for commercial use.",
+        commercial_alternative="facebook/VGGT-1B-Commercial",
+    ),
+)
+TEACHERS.add(
+    "facebook/VGGT-1B-Commercial",
+    TeacherCard(
+        name="facebook/VGGT-1B-Commercial",
+        loader=load_vggt_teacher,
+        licence="LicenseRef-VGGT-Commercial",
+        note="Same architecture as VGGT-1B; gated: accept its licence on the hub first.",
+    ),
+)
+TEACHERS.add(
+    "vggt-nano",
+    TeacherCard(
+        name="vggt-nano",
+        loader=load_vggt_teacher,
+        licence="Apache-2.0",
+        note="Small VGGT pretrained by this project on rendered multi-view scenes; ships with the package.",
+        folder=NANO_FOLDER,
+    ),
+)

@@ -1,0 +1,183 @@
+"""Dense prediction head (DPT, arXiv 2103.13413) for depth and point maps, each with a confidence.
+
+Shapes: N images (batch x views), h x w patch grid, H x W pixels, D aggregator channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spatial_forcing.teachers.vggt.config import DPTConfig
+
+POSITION_SCALE = 0.1
+POSITION_BASE = 100.0
+
+
+def _inverse_log(x: Tensor) -> Tensor:
+    """The inverse of sign(y) log(1 + |y|): linear near zero, exponential far away."""
+    return torch.sign(x) * torch.expm1(x.abs())
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"exp": torch.exp, "inv_log": _inverse_log}
+
+
+def position_map(channels: int, height: int, width: int, aspect: float, device: torch.device) -> Tensor:
+    """Sin-cos embedding of the image plane, (channels, height, width) float32.
+
+    Pixel centres lie in a box of half diagonal 1 with the image's `aspect` (width / height). The first
+    half of the channels encodes x, the second y; in each half sines come before cosines.
+    """
+    diagonal = (1 + aspect**2) ** 0.5
+
+    def axis(n: int, half_extent: float) -> Tensor:
+        edge = half_extent * (n - 1) / n
+        return torch.linspace(-edge, edge, n, device=device)
+
+    def encode(coordinate: Tensor) -> Tensor:
+        pairs = channels // 4
+        frequency = POSITION_BASE ** -(torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
+        angle = coordinate.double()[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1).float().T  # (channels / 2, n)
+
+    x = encode(axis(width, aspect / diagonal))[:, None, :].expand(-1, height, -1)
+    y = encode(axis(height, 1 / diagonal))[:, :, None].expand(-1, -1, width)
+    return torch.cat([x, y])
+
+
+class ResidualConvUnit(nn.Module):
+    """Two ReLU-first convolutions with a skip.
+
+    The published weights were trained with an in-place first ReLU, so the skip carries relu(x), not x.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(features, features, 3, padding=1)
+        self.conv2 = nn.Conv2d(features, features, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, features, H, W) -> the same shape."""
+        x = F.relu(x)
+        return self.conv2(F.relu(self.conv1(x))) + x
+
+
+class FusionBlock(nn.Module):
+    """Adds a finer level to the running map, refines it and resizes it to the next level."""
+
+    def __init__(self, features: int, has_residual: bool = True) -> None:
+        super().__init__()
+        self.out_conv = nn.Conv2d(features, features, 1)
+        if has_residual:
+            self.resConfUnit1 = ResidualConvUnit(features)
+        self.resConfUnit2 = ResidualConvUnit(features)
+
+    def forward(self, x: Tensor, level: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """`x` and `level` (N, features, H, W); the result has `size` pixels."""
+        if level is not None:
+            x = x + self.resConfUnit1(level)
+        x = F.interpolate(self.resConfUnit2(x), size=size, mode="bilinear", align_corners=True)
+        return self.out_conv(x)
+
+
+class Scratch(nn.Module):
+    """The fusion path from four pyramid levels to one map (its name is the checkpoint's)."""
+
+    def __init__(self, config: DPTConfig, output_dim: int) -> None:
+        super().__init__()
+        features = config.features
+        self.layer1_rn, self.layer2_rn, self.layer3_rn, self.layer4_rn = (
+            nn.Conv2d(channels, features, 3, padding=1, bias=False) for channels in config.out_channels
+        )
+        self.refinenet1 = FusionBlock(features)
+        self.refinenet2 = FusionBlock(features)
+        self.refinenet3 = FusionBlock(features)
+        self.refinenet4 = FusionBlock(features, has_residual=False)
+        self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
+        self.output_conv2 = nn.Sequential(
+            nn.Conv2d(features // 2, config.hidden_channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(config.hidden_channels, output_dim, 1),
+        )
+
+    def fuse(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """Four levels, finest first -> (N, features / 2, 2 H, 2 W) for a finest level of H x W."""
+        level1, level2, level3 = (
+            self.layer1_rn(pyramid[0]),
+            self.layer2_rn(pyramid[1]),
+            self.layer3_rn(pyramid[2]),
+        )
+        x = self.refinenet4(self.layer4_rn(pyramid[3]), None, level3.shape[2:])
+        x = self.refinenet3(x, level3, level2.shape[2:])
+        x = self.refinenet2(x, level2, level1.shape[2:])
+        height, width = level1.shape[2:]
+        return self.output_conv1(self.refinenet1(x, level1, (2 * height, 2 * width)))
+
+
+class DPTHead(nn.Module):
+    """Patch tokens of four layers to a dense map and its confidence.
+
+    Args:
+        dim: D, channels of an aggregator output.
+        patch_size: pixels on a side of a patch.
+        output_dim: channels of the map plus one for the confidence.
+        activation: "exp" (positive, depth) or "inv_log" (signed, points).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        patch_size: int,
+        config: DPTConfig,
+        output_dim: int,
+        activation: Literal["exp", "inv_log"],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_size = patch_size
+        self.activation = ACTIVATIONS[activation]
+        c = config.out_channels
+        self.norm = nn.LayerNorm(dim)
+        self.projects = nn.ModuleList(nn.Conv2d(dim, channels, 1) for channels in c)
+        self.resize_layers = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(c[0], c[0], 4, stride=4),
+                nn.ConvTranspose2d(c[1], c[1], 2, stride=2),
+                nn.Identity(),
+                nn.Conv2d(c[3], c[3], 3, stride=2, padding=1),
+            ]
+        )
+        self.scratch = Scratch(config, output_dim)
+
+    def forward(self, patches: Sequence[Tensor], image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Predict a map and its confidence.
+
+        Args:
+            patches: four (N, h w, D) tensors of patch tokens, in the order of `config.layers`.
+            image_size: (H, W) of the images in pixels.
+
+        Returns:
+            The map (N, H / down_ratio, W / down_ratio, output_dim - 1) and its confidence
+            (N, H / down_ratio, W / down_ratio), greater than 1.
+        """
+        height, width = image_size
+        grid = (height // self.patch_size, width // self.patch_size)
+        pyramid = []
+        for tokens, project, resize in zip(patches, self.projects, self.resize_layers, strict=True):
+            x = self.norm(tokens).transpose(1, 2).unflatten(2, grid)
+            pyramid.append(resize(self._add_position(project(x), width / height)))
+        x = self.scratch.fuse(pyramid)
+        size = (height // self.config.down_ratio, width // self.config.down_ratio)
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+        x = self.scratch.output_conv2(self._add_position(x, width / height)).permute(0, 2, 3, 1)
+        return self.activation(x[..., :-1]), 1 + x[..., -1].exp()
+
+    def _add_position(self, x: Tensor, aspect: float) -> Tensor:
+        if not self.config.pos_embed:
+            return x
+        channels, height, width = x.shape[1:]
+        return x + POSITION_SCALE * position_map(channels, height, width, aspect, x.device).to(x.dtype)

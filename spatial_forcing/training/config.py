@@ -1,0 +1,185 @@
+"""The configuration of one training run. Cheap checks when it is made, the rest before anything heavy."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from spatial_forcing.data.augment import Augment
+from spatial_forcing.errors import ConfigError
+from spatial_forcing.forcing import ForcingConfig
+from spatial_forcing.registry import did_you_mean
+from spatial_forcing.students import NanoConfig
+from spatial_forcing.training.fields import differences, from_plain, to_plain
+from spatial_forcing.training.optim import OptimConfig
+
+StudentConfig: TypeAlias = NanoConfig
+"""The student's own configuration; another student's joins here and in `parts.FACTORIES`."""
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+NEUTRAL = frozenset(
+    {"output", "save_every", "keep", "callback_every", "log_every", "trackers", "progress", "prefetch"}
+)
+"""Settings that do not change what is learned, so a resumed run may change them."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run, complete enough to repeat it.
+
+    Attributes:
+        dataset: folder of a LeRobot v3.0 dataset.
+        output: run directory; it is resumed when it holds a checkpoint of the same configuration.
+        student: configuration of a new student (architecture, cameras, chunk, image size).
+        init_from: folder of a saved student to fine-tune instead of a new one; its architecture counts.
+        forcing: the alignment loss; alpha 0 is the matched control.
+        teacher: name of the teacher to run live, or whose cache must be used.
+        cache: folder of its cached features; then no teacher runs in training.
+        steps: optimizer steps.
+        batch_size: samples an optimizer step, over all processes and micro-batches, so that a configuration
+            means the same on any number of processes.
+        gradient_accumulation: micro-batches that a step's samples are divided into.
+        optim: AdamW, schedule, clipping.
+        seed: of the new student's weights, the batches, the augmentation and the noise.
+        fraction: part of each task's demonstrations that is used, in (0, 1]; smaller sets are nested.
+        episodes: these episodes only (before `fraction`); None: all.
+        augment: random crops and colours; None: none.
+        mixed_precision: "bf16" autocasts the forward pass.
+        save_every: steps between checkpoints (the last step always saves); None: about ten in a run.
+        keep: complete checkpoints that stay, newest first.
+        callback_every: steps between calls of `on_checkpoint`, a multiple of `save_every`; the last
+            checkpoint always calls. None: every checkpoint.
+        log_every: steps over which a line of metrics.jsonl averages.
+        trackers: of tensorboard, wandb, trackio; None: tensorboard where it is installed.
+        progress: show a progress bar.
+        prefetch: read batches ahead in a thread.
+        cpu: stay on the CPU even where a GPU is present.
+    """
+
+    dataset: Path
+    output: Path
+    student: StudentConfig
+    init_from: Path | None = None
+    forcing: ForcingConfig = field(default_factory=ForcingConfig)
+    teacher: str | None = None
+    cache: Path | None = None
+    steps: int = 1000
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seed: int = 0
+    fraction: float = 1.0
+    episodes: tuple[int, ...] | None = None
+    augment: Augment | None = None
+    mixed_precision: Literal["no", "bf16"] = "no"
+    save_every: int | None = None
+    keep: int = 2
+    callback_every: int | None = None
+    log_every: int = 10
+    trackers: tuple[str, ...] | None = None
+    progress: bool = True
+    prefetch: bool = True
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation", "keep", "log_every"):
+            self._check(getattr(self, name) >= 1, name, "at least 1")
+        self._check(self.seed >= 0, "seed", "0 or more")
+        self._check(0 < self.fraction <= 1, "fraction", "a number in (0, 1]")
+        self._check(self.save_every is None or self.save_every >= 1, "save_every", "at least 1, or none")
+        self._check(self.mixed_precision in ("no", "bf16"), "mixed_precision", "'no' or 'bf16'")
+        self._check(self.episodes is None or len(self.episodes) > 0, "episodes", "at least one, or none")
+        every = self.callback_every
+        good = every is None or (every >= 1 and every % self.checkpoint_interval == 0)
+        self._check(good, "callback_every", f"a multiple of save_every ({self.checkpoint_interval})")
+        self._check_trackers()
+        if self.batch_size % self.gradient_accumulation:
+            raise ConfigError(
+                f"batch_size is {self.batch_size} and gradient_accumulation {self.gradient_accumulation}; "
+                "a step's samples must divide evenly among its micro-batches."
+            )
+        if self.optim.warmup_steps >= self.steps:
+            raise ConfigError(
+                f"optim.warmup_steps is {self.optim.warmup_steps} and steps is {self.steps}; "
+                "the warm-up must end before the run does: lower it."
+            )
+        if self.forces and self.teacher is None and self.cache is None:
+            raise ConfigError(
+                f"forcing.alpha is {self.forcing.alpha} and there is neither a teacher nor a cache; "
+                "name one, or set forcing.alpha to 0 to train without spatial forcing."
+            )
+
+    def _check(self, good: bool, name: str, wanted: str) -> None:
+        if not good:
+            raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {wanted}.")
+
+    def _check_trackers(self) -> None:
+        for name in self.trackers or ():
+            if name not in TRACKERS:
+                raise ConfigError(
+                    f"unknown tracker {name!r}.{did_you_mean(name, TRACKERS)} Known: {', '.join(TRACKERS)}."
+                )
+            if not installed(name):
+                raise ConfigError(f"tracker {name!r} is not installed; run `pip install {name}`, or drop it.")
+
+    @property
+    def forces(self) -> bool:
+        """Whether the alignment loss is ever on."""
+        return self.forcing.alpha > 0
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """Steps between checkpoints."""
+        return self.save_every or math.ceil(self.steps / 10)
+
+    @property
+    def active_trackers(self) -> tuple[str, ...]:
+        """The trackers that this run writes to."""
+        if self.trackers is not None:
+            return self.trackers
+        return ("tensorboard",) if installed("tensorboard") else ()
+
+    def to_plain(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return to_plain(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_plain`. Raises `ConfigError` naming the setting that is wrong."""
+        return from_plain(cls, plain)
+
+    def check_paths(self, data: bool = True) -> None:
+        """Check what the configuration points at, before anything heavy starts.
+
+        `data` is False where student, teacher and batches do not come from the configuration.
+
+        Raises:
+            ConfigError: a dataset, cache or student folder that is not there, or an unwritable output.
+        """
+        marks = {"dataset": "meta/info.json", "cache": "", "init_from": "config.json"}
+        for name, mark in marks.items():
+            folder = getattr(self, name)
+            if data and folder is not None and not (folder / mark).exists():
+                raise ConfigError(f"{name}: {folder / mark} does not exist; give the folder that holds it.")
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"output {self.output} cannot be created ({error}); choose another folder."
+            ) from error
+
+
+def installed(package: str) -> bool:
+    """Whether `package` can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings of two plain configurations that change what is learned, with both values."""
+    found = differences(old, new)
+    return {name: values for name, values in found.items() if name.split(".")[0] not in NEUTRAL}

@@ -1,0 +1,162 @@
+"""Frozen dataclasses from and to JSON, by dotted names, and what differs between two of them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from spatial_forcing.errors import ConfigError
+from spatial_forcing.registry import did_you_mean
+
+T = TypeVar("T")
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses to dicts, tuples to lists, paths to strings: what JSON can hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_plain(kind: type[T], plain: Mapping[str, Any], place: str = "") -> T:
+    """The dataclass `kind` with the values of `plain`; absent ones keep their defaults.
+
+    Raises:
+        ConfigError: an unknown name (did you mean), or a value of the wrong type; names the dotted place.
+    """
+    hints = get_type_hints(kind)
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    values = {}
+    for name, value in plain.items():
+        if name not in names:
+            raise ConfigError(f"unknown setting {_join(place, name)!r}.{did_you_mean(name, names)}")
+        values[name] = _coerce(hints[name], value, _join(place, name))
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{place or kind.__name__} is incomplete: {error}.") from error
+
+
+def override(config: T, overrides: Mapping[str, Any]) -> T:
+    """`config` with some settings replaced, by dotted name: `{"forcing.alpha": 0.2, "steps": 500}`.
+
+    Values may be what JSON or a command line gives: strings are read as the setting's type. All of them
+    are replaced at once, so only the result must be consistent.
+
+    Raises:
+        ConfigError: an unknown name (did you mean), or a value that the setting cannot take.
+    """
+    plain = to_plain(config)
+    for name, value in overrides.items():
+        _replace_plain(plain, name.split("."), value, name)
+    return from_plain(type(config), plain)
+
+
+def _replace_plain(plain: dict[str, Any], parts: Sequence[str], value: Any, full: str) -> None:
+    head, *rest = parts
+    if head not in plain:
+        raise ConfigError(
+            f"unknown setting {full!r}.{did_you_mean(head, plain)} Known: {', '.join(sorted(plain))}."
+        )
+    if not rest:
+        plain[head] = value
+    elif isinstance(plain[head], dict):
+        _replace_plain(plain[head], rest, value, full)
+    else:
+        raise ConfigError(f"{full!r} cannot be set: {head!r} is {plain[head]!r}, which has no settings.")
+
+
+def differences(old: Any, new: Any, place: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted names at which two plain values differ, with both values; `None` where one lacks the name."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in sorted({*old, *new}):
+            found |= differences(old.get(name), new.get(name), _join(place, name))
+        return found
+    return {} if old == new else {place: (old, new)}
+
+
+def _join(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+_SCALARS: dict[Any, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+}
+
+
+def _coerce(kind: Any, value: Any, place: str) -> Any:
+    """`value` as `kind`, for the kinds that configurations are made of."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _coerce_union(options, value, place)
+    if origin in (tuple, Sequence):
+        return _coerce_tuple(options, value, place)
+    if origin is Literal:
+        if value not in options:
+            raise ConfigError(f"{place} is {value!r}; choose from {', '.join(map(repr, options))}.")
+        return value
+    if is_dataclass(kind):
+        return _coerce_dataclass(cast(type, kind), value, place)
+    return _coerce_scalar(kind, value, place)
+
+
+def _coerce_dataclass(kind: type, value: Any, place: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, Mapping):
+        return from_plain(kind, value, place)
+    raise ConfigError(f"{place} is {value!r}; set its settings one by one, as {place}.<name>.")
+
+
+def _coerce_union(options: Sequence[Any], value: Any, place: str) -> Any:
+    if type(None) in options and value in (None, "none", "None"):
+        return None
+    fault: ConfigError | None = None
+    for option in options:
+        if option is not type(None):
+            try:
+                return _coerce(option, value, place)
+            except ConfigError as error:
+                fault = fault or error
+    raise fault or ConfigError(f"{place} is {value!r}; expected none.")
+
+
+def _coerce_tuple(options: Sequence[Any], value: Any, place: str) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{place} is {value!r}; expected several values, separated by commas.")
+    if (len(options) == 2 and options[1] is Ellipsis) or len(options) == 1:
+        options = [options[0]] * len(value)
+    if len(options) != len(value):
+        raise ConfigError(f"{place} is {value!r}; expected {len(options)} values.")
+    return tuple(_coerce(o, v, f"{place}[{i}]") for i, (o, v) in enumerate(zip(options, value, strict=True)))
+
+
+def _coerce_scalar(kind: Any, value: Any, place: str) -> Any:
+    fault = ConfigError(f"{place} is {value!r}; expected {_SCALARS.get(kind, kind)}.")
+    if kind is Any:
+        return value
+    if isinstance(value, str) and kind in _SCALARS:
+        try:
+            return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise fault from None
+    if kind is float and type(value) is int:
+        return float(value)
+    # Exactly the type: True is an int to Python, not to a person.
+    if type(value) is kind or (kind is Path and isinstance(value, Path)):
+        return value
+    raise fault

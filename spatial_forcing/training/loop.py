@@ -1,0 +1,346 @@
+"""The training loop: one file, one loop, the same command for one process or many.
+
+    spatial-forcing train --preset nano-metaworld ...                       one process
+    accelerate launch -m spatial_forcing.cli train --preset ...             several (or torchrun)
+
+Accelerate prepares the `SpatialForcing` module and nothing else calls the student's loss, so both losses
+pass its gradient synchronisation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, nullcontext
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, gather_object, send_to_device, set_seed
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spatial_forcing.errors import CheckpointError, ConfigError, EnvironmentSetupError
+from spatial_forcing.forcing import SpatialForcing
+from spatial_forcing.protocols import Batch
+from spatial_forcing.training import checkpoint as files
+from spatial_forcing.training.checkpoint import Checkpoint, TrainState
+from spatial_forcing.training.config import TrainConfig
+from spatial_forcing.training.interrupt import StopRequest
+from spatial_forcing.training.metrics import Meter, MetricLog, Row, read_metrics
+from spatial_forcing.training.optim import make_optimizer, make_scheduler
+from spatial_forcing.training.parts import Parts, build_parts
+from spatial_forcing.training.progress import TrainingProgress
+from spatial_forcing.training.run import (
+    CHECKPOINTS,
+    METRICS,
+    POLICY,
+    RunResult,
+    export_policy,
+    open_run,
+    peak_memory,
+    read_result,
+    refuse_changes,
+    write_result,
+)
+from spatial_forcing.training.trackers import Trackers
+
+OnCheckpoint = Callable[[Checkpoint], None]
+WAIT = timedelta(hours=6)
+"""How long other processes wait while the first one runs `on_checkpoint`."""
+
+
+def train(
+    config: TrainConfig, *, parts: Parts | None = None, on_checkpoint: OnCheckpoint | None = None
+) -> RunResult:
+    """Train as configured, or go on where an earlier call with this configuration stopped.
+
+    Args:
+        config: what to train; a finished run of the same configuration is not repeated.
+        parts: student, teacher and batches, where they do not come from the configuration.
+        on_checkpoint: called on the main process after every `callback_every` steps, with the complete
+            checkpoint (`.policy` is the student's folder). It may be called again for the same step after
+            an interruption, and cannot disturb the training's random streams.
+
+    Raises:
+        ConfigError: see `TrainConfig`; or `config.output` holds a run with another configuration.
+        DivergedError: NaN or infinite loss or gradient; the last complete checkpoint is kept.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when the checkpoint is saved.
+    """
+    config.check_paths(data=parts is None)
+    state = PartialState(cpu=config.cpu, timeout=WAIT)
+    open_run(config, writes=state.is_main_process)
+    state.wait_for_everyone()
+    finished = read_result(config.output)
+    if finished is not None:
+        return finished
+    if parts is None:
+        set_seed(config.seed)
+        parts = build_parts(config)
+    return Trainer(config, parts).run(on_checkpoint)
+
+
+class Trainer:
+    """The state of a run and its steps. `train` is the front door."""
+
+    def __init__(self, config: TrainConfig, parts: Parts) -> None:
+        self.config, self.batches = config, parts.batches
+        self.root = config.output / CHECKPOINTS
+        # Arms of a comparison run one after the other in one process and may differ in precision.
+        AcceleratorState._reset_state()
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            cpu=config.cpu,
+            # The loop below accumulates itself: its batches come from no DataLoader.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
+        if self.accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+            raise ConfigError(
+                f"distributed type {self.accelerator.distributed_type.value} is not supported; "
+                "use data parallelism (DDP): `accelerate launch --multi_gpu`, or torchrun."
+            )
+        set_seed(config.seed)  # of the projector, whatever was drawn before
+        self.forcing = SpatialForcing(parts.student, parts.teacher, config.forcing)
+        optimizer = make_optimizer(self.forcing, config.optim)
+        self.model, self.optimizer = self.accelerator.prepare(self.forcing.train(), optimizer)
+        self.scheduler = make_scheduler(optimizer, config.optim, config.steps)
+        self.parameters = [p for p in self.forcing.parameters() if p.requires_grad]
+        self.meter = Meter(lambda tensor: self.accelerator.reduce(tensor, "mean"), gather_object)
+        self.step = 0
+        self.seconds = 0.0
+        self.lr = 0.0
+
+    @property
+    def _main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def _policy(self) -> Any:
+        """The bare student, which can `save_pretrained` and `from_pretrained`."""
+        return self.forcing.export()
+
+    def run(self, on_checkpoint: OnCheckpoint | None = None) -> RunResult:
+        """Resume, train to the last step, export."""
+        shown = self.config.progress and self._main
+        with StopRequest() as stop:
+            # Rank r draws its own noise; batches do not depend on these streams at all.
+            set_seed(self.config.seed + self.accelerator.process_index)
+            resumed = self._resume()
+            title = f"train {self.config.output.name}"
+            self.log = MetricLog(self.config.output / METRICS, self.step) if self._main else None
+            with (
+                TrainingProgress(title, self.step, self.config.steps, shown) as bar,
+                Trackers(self.config, self.step, enabled=self._main) as self.trackers,
+            ):
+                self.bar = bar
+                if resumed is not None:
+                    bar.say(f"resuming {self.config.output} after step {self.step} of {self.config.steps}")
+                    self._call(on_checkpoint, resumed, stop)
+                self._loop(stop, on_checkpoint)
+        return self._finish()
+
+    # ---- one step
+
+    def _loop(self, stop: StopRequest, on_checkpoint: OnCheckpoint | None) -> None:
+        accumulate, steps = self.config.gradient_accumulation, self.config.steps
+        stream = self._stream(self.step * accumulate, steps * accumulate)
+        with closing(stream):
+            while self.step < steps:
+                started = time.perf_counter()
+                self._train_step(list(islice(stream, accumulate)))
+                self.step += 1
+                saves = self.step % self.config.checkpoint_interval == 0 or self.step == steps
+                interrupted = self._read_metrics(saves, stop.asked)
+                self.seconds += time.perf_counter() - started
+                if saves or interrupted:
+                    saved = self._save()
+                    if interrupted:
+                        self._say_interrupted()
+                        raise KeyboardInterrupt
+                    self._call(on_checkpoint, saved, stop)
+
+    def _stream(self, start: int, end: int) -> Any:
+        """Micro-batches `start` to `end` on the device."""
+        batches = (
+            self.batches.iterate(start, end)
+            if self.config.prefetch
+            else (self.batches.batch(index) for index in range(start, end))
+        )
+        return self._on_device(batches)
+
+    def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        device = self.accelerator.device
+        try:
+            for batch in batches:
+                yield batch if device.type == "cpu" else send_to_device(batch, device, non_blocking=True)
+        finally:
+            close = getattr(batches, "close", None)
+            if close is not None:  # ends a prefetching thread at once
+                close()
+
+    def _train_step(self, window: list[Batch]) -> None:
+        self.forcing.set_progress(self.step, self.config.steps)
+        if len(window) > 1:  # a single batch finds its denominator itself, and views are made only once
+            self.forcing.expect(window)
+        losses: list[Tensor] = []
+        metrics: list[Mapping[str, Tensor]] = []
+        for number, batch in enumerate(window, 1):
+            # Gradients are exchanged once, after the window's last micro-batch.
+            with nullcontext() if number == len(window) else self.accelerator.no_sync(self.model):
+                loss, found = self.model(batch)
+                self.accelerator.backward(loss / len(window))
+            losses.append(loss)
+            metrics.append(found)
+        norm = self._clip()
+        self.lr = float(self.scheduler.get_last_lr()[0])
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.meter.add(self.step, losses, metrics, norm, [batch.get("index") for batch in window])
+
+    def _clip(self) -> Tensor:
+        """Clip student and projector together; the norm before clipping."""
+        limit = self.config.optim.clip_norm
+        if limit is not None:
+            return cast(Tensor, self.accelerator.clip_grad_norm_(self.parameters, limit))
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def _read_metrics(self, saves: bool, asked: bool) -> bool:
+        """Synchronise with device and ranks where it is due; whether training should stop."""
+        accelerator, due = self.accelerator, self.step % self.config.log_every == 0
+        alone = accelerator.num_processes == 1
+        # On a CPU reading a number costs nothing; elsewhere the device is only waited for when it must be.
+        if not (due or saves or (alone and (asked or accelerator.device.type == "cpu"))):
+            self.bar.update(self.step)
+            return False
+        interrupted = self.meter.sync(asked) and self.step < self.config.steps
+        self.bar.update(self.step, self.meter.rows[-1])
+        if due or self.step == self.config.steps:
+            self._write_line()
+        return interrupted
+
+    def _write_line(self) -> None:
+        line: Row = {"step": self.step, **self.meter.line(), "lr": self.lr, "seconds": round(self.seconds, 3)}
+        if self.log is not None:
+            self.log.write(line)
+            self.trackers.write(line, self.step)
+
+    # ---- checkpoints
+
+    def _save(self) -> Checkpoint:
+        """Write the checkpoint of the present step, then remove the ones beyond `keep`."""
+        try:
+            if self._main:
+                files.begin(self.root, self.step)
+            self.accelerator.wait_for_everyone()
+            folder = files.partial_folder(self.root, self.step)
+            files.save_tensors(folder / self._rng_file, files.rng_state())
+            if self._main:
+                self._write_shared(folder)
+            self.accelerator.wait_for_everyone()
+            if self._main:
+                files.commit(self.root, self.step)
+                files.prune(self.root, self.config.keep)
+            self.accelerator.wait_for_everyone()
+        except (OSError, SafetensorError) as error:
+            raise EnvironmentSetupError(
+                f"the checkpoint of step {self.step} could not be written below {self.root} ({error}). "
+                "Earlier checkpoints are intact: free some disk space and run the same command to resume."
+            ) from error
+        return Checkpoint(self.step, self.root / files.checkpoint_name(self.step))
+
+    @property
+    def _rng_file(self) -> str:
+        return f"rng-{self.accelerator.process_index}.pt"
+
+    def _write_shared(self, folder: Path) -> None:
+        self._policy.save_pretrained(folder / "policy")
+        beside = self.forcing.projector_state_dict()
+        if beside:
+            content = {name: value.detach().contiguous().cpu() for name, value in beside.items()}
+            save_file(content, folder / files.PROJECTOR)
+        states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        files.save_tensors(folder / files.OPTIMIZER, states)
+        processes, plain = self.accelerator.num_processes, self.config.to_plain()
+        files.write_state(folder, TrainState(self.step, processes, self.seconds, plain, self.meter.rows))
+
+    def _resume(self) -> Checkpoint | None:
+        """Load the newest complete checkpoint, if there is one."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        found, faults = files.latest_checkpoint(self.root)
+        self.accelerator.wait_for_everyone()
+        if self._main:
+            for fault in faults:
+                self.accelerator.print(fault)
+            files.set_aside_newer(self.root, found.step if found else -1)
+            files.check_disk(self.root, self._checkpoint_bytes())
+        if found is None:
+            return None
+        state = files.read_state(found.folder)
+        refuse_changes(state.config, self.config.to_plain(), found.folder)
+        if state.processes != self.accelerator.num_processes:
+            raise ConfigError(
+                f"{found.folder} was written by {state.processes} processes and this run has "
+                f"{self.accelerator.num_processes}; resume with as many, or choose another output."
+            )
+        self._load(found)
+        self.step, self.seconds, self.meter.rows = state.step, state.seconds, list(state.rows)
+        return found
+
+    def _load(self, found: Checkpoint) -> None:
+        policy = self._policy
+        policy.load_state_dict(type(policy).from_pretrained(found.policy).state_dict())
+        beside = found.folder / files.PROJECTOR
+        self.forcing.load_projector_state_dict(load_file(beside) if beside.exists() else {})
+        states = files.load_tensors(found.folder / files.OPTIMIZER)
+        try:
+            self.optimizer.load_state_dict(states["optimizer"])
+            self.scheduler.load_state_dict(states["scheduler"])
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{found.folder / files.OPTIMIZER} does not fit these parameters ({error}); "
+                "resume with the student and version it was written by."
+            ) from error
+        files.set_rng_state(files.load_tensors(found.folder / self._rng_file))
+
+    def _checkpoint_bytes(self) -> int:
+        """Upper estimate of what the run will write: weights and two moments, for each kept checkpoint."""
+        weights = sum(t.numel() * t.element_size() for t in self.forcing.state_dict().values())
+        moments = 2 * sum(p.numel() * p.element_size() for p in self.parameters)
+        there = sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+        # One more than is kept lies there while it is written; the exported policy comes on top.
+        return (self.config.keep + 1) * (weights + moments) + weights - there
+
+    # ---- around the loop
+
+    def _call(self, on_checkpoint: OnCheckpoint | None, saved: Checkpoint, stop: StopRequest) -> None:
+        every = self.config.callback_every
+        if saved.step == self.config.steps or every is None or saved.step % every == 0:
+            if on_checkpoint is not None and self._main:
+                streams = files.rng_state()
+                # All is saved, so Ctrl-C may break off a long evaluation.
+                with stop.released():
+                    on_checkpoint(saved)
+                files.set_rng_state(streams)
+            self.accelerator.wait_for_everyone()
+
+    def _say_interrupted(self) -> None:
+        if self._main:
+            self.bar.say(
+                f"interrupted after step {self.step} of {self.config.steps}; saved in {self.root}. "
+                "Run the same command to resume."
+            )
+
+    def _finish(self) -> RunResult:
+        """Export the bare policy and write result.json, the mark of a finished run."""
+        metrics = read_metrics(self.config.output / METRICS)
+        result = RunResult(self.config.output, self.step, metrics[-1], self.seconds, peak_memory())
+        if self._main:
+            export_policy(self._policy, self.config.output / POLICY)
+            write_result(result)
+        self.accelerator.wait_for_everyone()
+        return result

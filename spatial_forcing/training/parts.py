@@ -1,0 +1,167 @@
+"""From a configuration to the parts of a run: student, teacher, batches."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from accelerate import PartialState
+from torch import nn
+
+from spatial_forcing.data import Dataset
+from spatial_forcing.data.loader import BatchLoader
+from spatial_forcing.errors import ConfigError
+from spatial_forcing.protocols import Batch, Teacher
+from spatial_forcing.students import NanoConfig, NanoVLA, load_student
+from spatial_forcing.teachers import load_teacher
+from spatial_forcing.teachers.cache import CachedTeacher
+from spatial_forcing.teachers.cache_source import dataset_source
+from spatial_forcing.training.config import TrainConfig
+
+
+class Batches(Protocol):
+    """Micro-batches by number; the same number always gives the same batch, whoever asks and when."""
+
+    def batch(self, step: int) -> Batch:
+        """This process's part of micro-batch `step`, counted from 0 over the whole run."""
+        ...
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """Micro-batches `start` to `stop` - 1, possibly read ahead; closing it ends the reading."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run trains with. `student` is an `nn.Module` and a `protocols.Student`."""
+
+    student: nn.Module
+    teacher: Teacher | None
+    batches: Batches
+
+
+FACTORIES: dict[type, Callable[..., nn.Module]] = {NanoConfig: NanoVLA.create}
+"""How a new student is made from its configuration, the dataset's statistics and `seed=`."""
+
+
+def build_parts(config: TrainConfig) -> Parts:
+    """Open the dataset, make or load the student, load the teacher or open its cache.
+
+    Two configurations that differ in nothing but `forcing`, `teacher` and `cache` get bit-identical initial
+    students and batches.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as the parts do.
+    """
+    dataset = Dataset.open(config.dataset)
+    student = make_student(config, dataset)
+    teacher = make_teacher(config, dataset)
+    return Parts(student, teacher, make_batches(config, student, dataset))
+
+
+def make_student(config: TrainConfig, dataset: Dataset) -> nn.Module:
+    """The student at step 0: new with weights from `config.seed`, or the one in `config.init_from`."""
+    if config.init_from is not None:
+        loaded = load_student(config.init_from)
+        assert isinstance(loaded, nn.Module)
+        return loaded
+    return FACTORIES[type(config.student)](config.student, dataset.stats, seed=config.seed)
+
+
+def make_teacher(config: TrainConfig, dataset: Dataset) -> Teacher | None:
+    """The teacher, its cache, or None where alpha is 0.
+
+    Raises:
+        ConfigError: the cache is another teacher's than the configuration names, or incomplete.
+        DataError: the cache is another dataset's, or episodes have changed since it was built.
+    """
+    if not config.forces:
+        return None
+    if config.cache is None:
+        assert config.teacher is not None
+        return load_teacher(config.teacher)
+    return open_cache(config, config.cache, dataset)
+
+
+def open_cache(config: TrainConfig, folder: Path, dataset: Dataset) -> CachedTeacher:
+    """The cached teacher, checked against configuration and dataset; see `make_teacher`."""
+    cached = CachedTeacher(folder)
+    if config.teacher not in (None, cached.name):
+        raise ConfigError(
+            f"cache {folder} holds features of {cached.name!r}, and teacher is {config.teacher!r}; "
+            "build that teacher's cache, or name the cached one."
+        )
+    if config.episodes is None and len(cached) < len(dataset):
+        raise ConfigError(
+            f"cache {folder} holds {len(cached)} of the {len(dataset)} frames of {config.dataset}; "
+            "run `spatial-forcing cache build` again, it adds what is missing."
+        )
+    if not PartialState(cpu=config.cpu).is_main_process:
+        return cached
+    # Rows are found by frame number alone; only the hashes of its images tell one dataset from another.
+    # Hashing is a pass over the dataset's files, so one process does it for all.
+    return CachedTeacher(folder, source=dataset_source(dataset, cached.cameras))
+
+
+def make_batches(config: TrainConfig, student: nn.Module, dataset: Dataset) -> BatchLoader:
+    """The batches of this process.
+
+    Raises:
+        ConfigError: the batch size cannot be divided among micro-batches and processes.
+    """
+    process = PartialState(cpu=config.cpu)
+    parts = config.gradient_accumulation * process.num_processes
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is not divisible by gradient_accumulation "
+            f"({config.gradient_accumulation}) x processes ({process.num_processes}); "
+            f"choose a multiple of {parts}."
+        )
+    shape: Any = student.config
+    size = (shape.image_size, shape.image_size)
+    # Cached features belong to the stored frames; a live teacher sees what the student sees.
+    cached = config.forces and config.cache is not None
+    framed_alike = all(dataset.info.frame_size(camera) == size for camera in shape.cameras)
+    return BatchLoader(
+        dataset,
+        cameras=shape.cameras,
+        chunk=shape.chunk,
+        batch_size=config.batch_size // config.gradient_accumulation,
+        seed=config.seed,
+        image_size=shape.image_size,
+        episodes=select_episodes(dataset, config),
+        augment=config.augment,
+        keep_frames=cached and (config.augment is not None or not framed_alike),
+        rank=process.process_index,
+        world_size=process.num_processes,
+    )
+
+
+def select_episodes(dataset: Dataset, config: TrainConfig) -> list[int]:
+    """Episodes to train on: of each task the same `fraction` (rounded up), and smaller sets are nested.
+
+    The choice depends on neither the seed nor the order of tasks, so that arms and seeds share it.
+
+    Raises:
+        ConfigError: an episode that the dataset does not have.
+    """
+    wanted = range(len(dataset.episodes)) if config.episodes is None else config.episodes
+    missing = [number for number in wanted if not 0 <= number < len(dataset.episodes)]
+    if missing:
+        raise ConfigError(
+            f"episodes {missing} are not in {config.dataset}, which has {len(dataset.episodes)}; "
+            "drop them from `episodes`."
+        )
+    by_task: dict[str, list[int]] = {}
+    for number in wanted:
+        by_task.setdefault(dataset.episodes[number].task, []).append(number)
+    chosen: list[int] = []
+    for task, numbers in by_task.items():
+        order = np.random.default_rng(zlib.crc32(task.encode())).permutation(len(numbers))
+        chosen += [numbers[i] for i in order[: math.ceil(config.fraction * len(numbers))]]
+    return sorted(chosen)

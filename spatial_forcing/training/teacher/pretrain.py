@@ -1,0 +1,321 @@
+"""Pretraining of `vggt-nano`: render scenes, train depth, points and cameras, evaluate on held-out tasks.
+
+Everything is resumable: scenes by shard, training by an atomically replaced checkpoint. A batch depends
+only on (seed, step), so a resumed run sees what an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from spatial_forcing.errors import CheckpointError, ConfigError, DataError
+from spatial_forcing.teachers.vggt.config import CameraHeadConfig, DPTConfig, VGGTConfig
+from spatial_forcing.teachers.vggt.loading import save_vggt
+from spatial_forcing.teachers.vggt.model import VGGT
+from spatial_forcing.training.teacher.evaluate import evaluate_teacher, metrics_table
+from spatial_forcing.training.teacher.losses import make_targets, teacher_loss
+from spatial_forcing.training.teacher.scenes import (
+    SHARD,
+    SceneBatch,
+    SceneDataset,
+    SceneSpec,
+    missing_shards,
+    render_scenes,
+)
+from spatial_forcing.training.teacher.tasks import RESERVED_TASKS, TRAIN_TASKS
+
+LICENCE = "Apache-2.0"
+NANO = VGGTConfig(
+    img_size=128,
+    patch_size=16,
+    embed_dim=128,
+    depth=4,
+    num_heads=4,
+    num_register_tokens=1,
+    patch_embed="conv",
+    init_values=1.0,
+    camera=CameraHeadConfig(trunk_depth=1, num_heads=4, mlp_ratio=2.0, iterations=2, init_values=1.0),
+    dpt=DPTConfig(
+        features=24, out_channels=(24, 32, 48, 48), layers=(0, 1, 2, 3), down_ratio=2, hidden_channels=16
+    ),
+)
+"""The shipped teacher: 3 M parameters, two 128 px views in about 10 ms on one core."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What `spatial-forcing teacher pretrain` does; the defaults are the shipped recipe.
+
+    Attributes:
+        out: run folder (scenes, checkpoint, metrics, weights).
+        train_scenes: rendered training scenes of three views; about 0.25 MB each.
+        test_scenes: rendered scenes of the reserved tasks.
+        steps: optimizer steps.
+        minutes: stop (with the learning rate decayed) after this much training time; None: no limit.
+        views_per_step: views in a batch; a step draws scenes with 1, 2 or 3 of their views.
+        learning_rate, weight_decay, warmup_steps, clip: AdamW with linear warm-up and cosine decay.
+        ema_decay: of the weight average that is evaluated and exported.
+        point_every: the point head is trained in every n-th step (it costs as much as the depth head).
+        seed: of scenes, initial weights and batches.
+        threads: CPU threads of torch.
+        checkpoint_minutes: between checkpoints; each also writes the averaged weights.
+        log_every: steps between lines of `metrics.jsonl`.
+        model: sizes of the VGGT.
+    """
+
+    out: Path = Path("runs/vggt-nano")
+    train_scenes: int = 12800
+    test_scenes: int = 896
+    steps: int = 9000
+    minutes: float | None = None
+    views_per_step: int = 12
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 200
+    clip: float = 1.0
+    ema_decay: float = 0.998
+    point_every: int = 4
+    seed: int = 0
+    threads: int = 1
+    checkpoint_minutes: float = 5.0
+    log_every: int = 50
+    model: VGGTConfig = field(default_factory=lambda: NANO)
+
+    def __post_init__(self) -> None:
+        positive = ("train_scenes", "test_scenes", "steps", "log_every", "point_every", "threads", "learning_rate")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"pretraining's {name} is {getattr(self, name)}; it must be positive.")
+        if self.views_per_step < 3:
+            raise ConfigError(f"views_per_step is {self.views_per_step}; it must be 3 or more (views of a scene).")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ConfigError(f"minutes is {self.minutes}; it must be positive, or left out.")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay is {self.ema_decay}; it must lie in [0, 1).")
+
+    @property
+    def train_spec(self) -> SceneSpec:
+        """Training scenes: cluttered and repainted."""
+        return SceneSpec(TRAIN_TASKS, self.train_scenes, size=self.model.img_size, seed=self.seed)
+
+    @property
+    def test_spec(self) -> SceneSpec:
+        """Test scenes: reserved tasks as the benchmark looks, cameras from another seed."""
+        return SceneSpec(
+            RESERVED_TASKS, self.test_scenes, size=self.model.img_size, seed=self.seed + 2, plain=True
+        )
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Run (or continue) everything in `config.out`; prints metrics and where the results are.
+
+    Returns:
+        The folder of the weights, in the layout that `load_teacher` reads.
+
+    Raises:
+        CheckpointError: the folder holds a run with other settings.
+        DataError: the loss is not finite, or the folder holds other scenes.
+        EnvironmentSetupError: no disk space, no GL library, or no Meta-World.
+    """
+    console = Console()
+    with _progress(console) as progress:
+        render_with_progress(config.out / "scenes" / "train", config.train_spec, progress, "training scenes")
+        render_with_progress(config.out / "scenes" / "test", config.test_spec, progress, "test scenes")
+        run = PretrainRun(config)
+        task = progress.add_task("training", total=config.steps, completed=run.step)
+        for loss in run.train(SceneDataset(config.out / "scenes" / "train")):
+            progress.update(task, completed=run.step, description=f"training (loss {loss:.3f})")
+        progress.update(task, total=run.step)
+    metrics = evaluate_teacher(run.average, SceneDataset(config.out / "scenes" / "test"))
+    metrics |= {"steps": run.step, "train_minutes": run.seconds / 60, "views_seen": run.step * config.views_per_step}
+    _write_atomically(config.out / "test_metrics.json", json.dumps(metrics, indent=1).encode())
+    console.print(metrics_table(metrics))
+    console.print(f"weights: {run.weights}\nmetrics: {config.out / 'test_metrics.json'}")
+    return run.weights
+
+
+def render_with_progress(folder: Path, spec: SceneSpec, progress: Progress, title: str) -> None:
+    """Render what is missing of `spec`, after saying how much disk it takes."""
+    missing = len(missing_shards(folder, spec))
+    if not missing:
+        return
+    size = spec.bytes * missing / spec.shards / 1e9
+    task = progress.add_task(f"rendering {title} ({size:.1f} GB)", total=spec.shards * SHARD)
+    progress.advance(task, (spec.shards - missing) * SHARD)
+    for _ in render_scenes(folder, spec):
+        progress.advance(task, SHARD)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+
+
+class PretrainRun:
+    """The training state of one folder, restored from its checkpoint if there is one.
+
+    Attributes:
+        model, average: the network and its exponential moving average.
+        step: steps done.
+        seconds: training time so far, over all resumptions.
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.out = config.out
+        self.weights = config.out / "weights"
+        torch.set_num_threads(config.threads)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = VGGT(config.model)
+        self.average = VGGT(config.model)
+        self.average.load_state_dict(self.model.state_dict())
+        self.average.requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(_parameter_groups(self.model, config.weight_decay), betas=(0.9, 0.98))
+        self.step = 0
+        self.seconds = 0.0
+        self._restore()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the steps or the minutes are used up."""
+        return self.progress >= 1
+
+    @property
+    def progress(self) -> float:
+        """0 at the start, 1 at the end: the share of the steps or of the minutes, whichever is more."""
+        by_steps = self.step / self.config.steps
+        return by_steps if self.config.minutes is None else max(by_steps, self.seconds / 60 / self.config.minutes)
+
+    def train(self, scenes: SceneDataset) -> Iterator[float]:
+        """Train to the end; yields the loss every `log_every` steps. Saves as it goes and at the end."""
+        saved_at = self.seconds
+        losses: dict[str, Tensor] = {}
+        while not self.finished:
+            started = time.monotonic()
+            parts = self._step(scenes)
+            self.seconds += time.monotonic() - started
+            losses = {k: v if k not in losses else losses[k].lerp(v, 0.05) for k, v in parts.items()}
+            if self.step % self.config.log_every == 0:
+                self._log(losses)
+                yield float(parts["depth"])
+            if self.seconds - saved_at > 60 * self.config.checkpoint_minutes:
+                self.save()
+                saved_at = self.seconds
+        self.save()
+
+    def save(self) -> None:
+        """Checkpoint and averaged weights, each written beside its place and renamed."""
+        state = {
+            "config": _comparable(self.config),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        beside = self.out / f"checkpoint.{os.getpid()}.tmp"
+        torch.save(state, beside)
+        os.replace(beside, self.out / "checkpoint.pt")
+        save_vggt(self.average, self.weights, licence=LICENCE, dtype=torch.float16)
+
+    def _restore(self) -> None:
+        path = self.out / "checkpoint.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        wanted = _comparable(self.config)
+        different = sorted(k for k in wanted if state["config"].get(k) != wanted[k])
+        if different:
+            raise CheckpointError(
+                f"{path} was trained with other {', '.join(different)} "
+                f"({ {k: state['config'].get(k) for k in different} }); use these or another --out."
+            )
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def _step(self, scenes: SceneDataset) -> dict[str, Tensor]:
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        batch, indices = _draw(scenes, config.views_per_step, generator)
+        warmup = min(1.0, (self.step + 1) / config.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(self.progress, 1)))
+        heads = ("camera", "depth", "point") if self.step % config.point_every == 0 else ("camera", "depth")
+        output = self.model(_augment(batch.images, generator), heads)
+        loss, parts = teacher_loss(output, make_targets(batch, tuple(output["depth"].shape[2:4])))
+        if not bool(torch.isfinite(loss)):
+            raise DataError(
+                f"the loss is {float(loss)} at step {self.step} (scenes {indices.tolist()} of {scenes.folder}); "
+                "lower learning_rate and run again: it continues from the last checkpoint."
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        self.step += 1
+        # A young average follows quickly, else it would remember the random start.
+        decay = min(config.ema_decay, self.step / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        return parts
+
+    def _log(self, losses: dict[str, Tensor]) -> None:
+        row: dict[str, Any] = {"step": self.step, "seconds": round(self.seconds, 1)}
+        row |= {"lr": self.optimizer.param_groups[0]["lr"]} | {k: round(float(v), 5) for k, v in losses.items()}
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _draw(scenes: SceneDataset, views: int, generator: torch.Generator) -> tuple[SceneBatch, Tensor]:
+    """Random scenes with 1, 2 or 3 random views in random order (any view may be the reference)."""
+    count = int(torch.randint(1, 4, (), generator=generator))
+    indices = torch.randint(len(scenes), (views // count,), generator=generator)
+    order = torch.rand(len(indices), 3, generator=generator).argsort(dim=1)
+    return scenes.batch(indices).select(order[:, :count]), indices
+
+
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 -> float in [0, 1] with random brightness, contrast and tint of each scene."""
+    scenes = len(images)
+    gain = 1 + 0.15 * torch.randn(scenes, 1, 1, 1, 1, generator=generator)
+    tint = 1 + 0.05 * torch.randn(scenes, 1, 3, 1, 1, generator=generator)
+    shift = 0.05 * torch.randn(scenes, 1, 1, 1, 1, generator=generator)
+    return (images.float() / 255 * gain * tint + shift).clamp(0, 1)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Biases, norms, gains and tokens are not decayed."""
+    matrices = [p for p in model.parameters() if p.ndim in (2, 4) and min(p.shape[:2]) > 1]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _comparable(config: PretrainConfig) -> dict[str, Any]:
+    """The settings that must not change when a run is resumed (how long it runs may)."""
+    free = {"out", "steps", "minutes", "threads", "checkpoint_minutes", "log_every", "test_scenes"}
+    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in free}))
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_bytes(content)
+    os.replace(beside, path)

@@ -1,0 +1,65 @@
+"""Opens a page in headless Chromium and tells what happened there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-extensions --disable-dev-shm-usage "
+    "--hide-scrollbars --no-default-browser-check --enable-logging=stderr --v=0"
+).split()
+
+
+def chromium() -> str:
+    """The browser; skips the test where there is none."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    return found
+
+
+@dataclass
+class Visit:
+    """`dom`: after the scripts ran; `console`: its messages; `requests`: http(s) URLs asked for."""
+
+    dom: str
+    console: list[str]
+    requests: list[str]
+
+
+def visit(page: Path, *, width: int = 1280, height: int = 900, dark: bool = False, shot: Path | None = None):
+    with tempfile.TemporaryDirectory() as profile:
+        log = Path(profile) / "net.json"
+        command = [chromium(), *FLAGS, f"--user-data-dir={profile}", f"--log-net-log={log}"]
+        command += [f"--window-size={width},{height}", "--virtual-time-budget=3000"]
+        command += ["--blink-settings=preferredColorScheme=" + ("0" if dark else "1")]
+        command += [f"--screenshot={shot}"] if shot else ["--dump-dom"]
+        run = subprocess.run(
+            [*command, page.as_uri()], capture_output=True, timeout=120, env={**os.environ, "HOME": profile}
+        )
+        errors = run.stderr.decode(errors="replace")
+        assert run.returncode == 0, errors
+        urls = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text(errors="replace")))
+    console = [line for line in errors.splitlines() if "CONSOLE" in line]
+    return Visit(run.stdout.decode(errors="replace"), console, sorted(urls))
+
+
+def inspect(page: Path, script: str, **where) -> tuple[dict, Visit]:
+    """Run `script` in a copy of the page; the object it returns, and the visit."""
+    copy = page.with_name(page.stem + "-inspected.html")
+    code = f"<script>document.body.dataset.found = JSON.stringify((() => {{ {script} }})());</script>"
+    copy.write_text(page.read_text(encoding="utf-8").replace("</body>", code + "</body>"), encoding="utf-8")
+    seen = visit(copy, **where)
+    found = re.search(r'data-found="([^"]*)"', seen.dom)
+    assert found, seen.console
+    return json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&")), seen

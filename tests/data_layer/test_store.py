@@ -1,0 +1,114 @@
+import shutil
+
+import numpy as np
+import pytest
+
+from spatial_forcing.data import Dataset, DatasetWriter, store
+from spatial_forcing.data.store import DecodedStore, store_bytes, verify_store
+from spatial_forcing.errors import DataError, EnvironmentSetupError
+
+
+def count_decoded(monkeypatch):
+    """A list that grows by every image the dataset decodes."""
+    decoded, original = [], Dataset.image
+
+    def image(self, index, camera):
+        decoded.append((index, camera))
+        return original(self, index, camera)
+
+    monkeypatch.setattr(Dataset, "image", image)
+    return decoded
+
+
+def assert_equal_to_decoding(decoded: DecodedStore, dataset: Dataset):
+    for camera in decoded.cameras:
+        wanted = np.stack([dataset.image(i, camera) for i in range(len(dataset))])
+        assert np.array_equal(decoded.images(np.arange(len(dataset)), camera), wanted)
+
+
+@pytest.mark.parametrize("video", [False, True])
+def test_equals_decoding_and_is_built_once(tmp_path, build, monkeypatch, video):
+    dataset = Dataset.open(build.write_dataset(tmp_path / "d", video=video))
+    assert_equal_to_decoding(dataset.store(progress=False), dataset)
+    decoded = count_decoded(monkeypatch)
+    again = Dataset.open(dataset.root).store(progress=False)
+    assert decoded == []
+    assert again.images([5, 0, 5], "wrist").shape == (3, 16, 16, 3)
+
+
+def test_reduced_frames_keep_their_aspect(dataset):
+    reduced = dataset.store(["front"], size=16, progress=False)
+    assert reduced.frame_size("front") == (12, 16)
+    assert dataset.store(["front"], size=999, progress=False).frame_size("front") == (24, 32)
+    assert store_bytes(dataset, ["front"], size=16) == 19 * 12 * 16 * 3
+
+
+def test_an_interrupted_build_resumes(dataset, monkeypatch):
+    original = Dataset.image
+
+    def interrupted(self, index, camera):
+        if index == 8:
+            raise KeyboardInterrupt
+        return original(self, index, camera)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dataset, "image", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            dataset.store(["front"], progress=False)
+    decoded = count_decoded(monkeypatch)
+    resumed = dataset.store(["front"], progress=False)
+    assert [index for index, _ in decoded] == list(range(6, 19))  # episode 0 was complete
+    assert_equal_to_decoding(resumed, dataset)
+
+
+def test_a_grown_dataset_decodes_only_what_is_new(dataset, build, monkeypatch):
+    dataset.store(["wrist"], progress=False)
+    writer = DatasetWriter.resume(dataset.root)
+    build.add_episode(writer, 3, 5)
+    writer.finalize()
+    grown = Dataset.open(dataset.root)
+    decoded = count_decoded(monkeypatch)
+    result = grown.store(["wrist"], progress=False)
+    assert [index for index, _ in decoded] == list(range(19, 24))
+    assert_equal_to_decoding(result, grown)
+
+
+def test_a_changed_episode_is_decoded_again(dataset, build, tmp_path, monkeypatch):
+    dataset.store(["front"], progress=False)
+    writer = build.new_writer(tmp_path / "other")
+    for episode, length in enumerate(build.LENGTHS):
+        build.add_episode(writer, 7 if episode == 1 else episode, length)
+    writer.finalize()
+    shutil.copytree(dataset.root / ".decoded", tmp_path / "other/.decoded")
+    changed = Dataset.open(tmp_path / "other")
+    decoded = count_decoded(monkeypatch)
+    result = changed.store(["front"], progress=False)
+    assert [index for index, _ in decoded] == list(range(6, 15))
+    assert_equal_to_decoding(result, changed)
+
+
+def test_damage_is_found_and_truncation_repaired(dataset):
+    dataset.store(["front"], progress=False)
+    assert verify_store(dataset) == []
+    file = next((dataset.root / ".decoded").glob("front-*.u8"))
+    content = bytearray(file.read_bytes())
+    content[7 * 24 * 32 * 3] ^= 1
+    file.write_bytes(content)
+    assert verify_store(dataset) == [(1, file.name)]
+    file.write_bytes(content[: len(content) // 2])
+    assert {episode for episode, _ in verify_store(dataset)} == {0, 1, 2}
+    assert_equal_to_decoding(dataset.store(["front"], progress=False), dataset)
+    assert verify_store(dataset) == []
+
+
+def test_too_little_disk_is_said_before_anything_is_written(dataset, monkeypatch):
+    usage = shutil.disk_usage(dataset.root)._replace(free=10 * 2**20)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(EnvironmentSetupError, match="10 MiB are free"):
+        dataset.store(progress=False)
+    assert not list((dataset.root / ".decoded").glob("*.u8"))
+
+
+def test_a_camera_outside_the_store_is_named(dataset):
+    with pytest.raises(DataError, match="'front' is not in this store"):
+        dataset.store(["wrist"], progress=False).images([0], "front")

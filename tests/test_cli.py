@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from spatial_forcing import cli
+from spatial_forcing.errors import ConfigError
+
+
+def leaves(commands=cli.COMMANDS):
+    for entry in commands.values():
+        if isinstance(entry, cli.Command):
+            yield entry
+        else:
+            yield from leaves(entry)
+
+
+@pytest.mark.parametrize("command", list(leaves()), ids=lambda c: c.target)
+def test_every_command_exists_and_has_help(command):
+    module, function = command.target.split(":")
+    target = getattr(importlib.import_module(f"spatial_forcing.commands.{module}"), function)
+    assert target.__doc__
+
+
+def test_resolve_follows_groups():
+    path, command, rest = cli.resolve(["data", "info", "folder", "--x"])
+    assert path == ["data", "info"]
+    assert command.target == "data:info"
+    assert rest == ["folder", "--x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"), [(["quikstart"], "'quickstart'"), (["data", "recrod"], "'record'")]
+)
+def test_an_unknown_command_gets_a_suggestion(arguments, suggestion):
+    with pytest.raises(ConfigError, match=f"Did you mean {suggestion}"):
+        cli.resolve(arguments)
+
+
+def test_groups_print_their_commands(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["cache", "--help"])
+    assert exit_.value.code == 0
+    assert "verify" in capsys.readouterr().out
+
+
+def test_user_errors_exit_with_two_and_no_traceback(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["nonsense"])
+    assert exit_.value.code == cli.USER_ERROR
+    captured = capsys.readouterr()
+    assert "unknown command 'nonsense'" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["quickstart"])
+    assert exit_.value.code == cli.INTERRUPTED
+    assert "run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "quickstart", "probe"])
+def test_help_shows_options(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--help"])
+    assert exit_.value.code == 0
+    assert "--" in capsys.readouterr().out

@@ -1,0 +1,144 @@
+"""A run from folders: dataset, nano student, cached teacher."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from spatial_forcing.data import Dataset, DatasetWriter
+from spatial_forcing.errors import ConfigError, DataError
+from spatial_forcing.forcing import ForcingConfig
+from spatial_forcing.students import NanoConfig, load_student
+from spatial_forcing.teachers.cache_build import build_cache
+from spatial_forcing.teachers.cache_source import dataset_source
+from spatial_forcing.training import OptimConfig, TrainConfig, build_parts, train
+from spatial_forcing.training.parts import select_episodes
+from tests.fakes import CAMERAS, FakeTeacher
+from tests.training.fake_run import curve, weights
+
+STUDENT = NanoConfig(
+    cameras=CAMERAS, image_size=16, patch_size=8, width=32, depth=2, heads=2, chunk=2, dropout=0.1
+)
+LENGTHS = (5, 7, 6, 5, 8)
+
+
+def record(root, seed=0, size=20):
+    rng = np.random.default_rng(seed)
+    writer = DatasetWriter.create(
+        root, fps=20, cameras=dict.fromkeys(CAMERAS, (size, size)), state_dim=4, action_dim=4
+    )
+    for episode, length in enumerate(LENGTHS):
+        for _ in range(length):
+            images = {camera: rng.integers(0, 255, (size, size, 3), dtype=np.uint8) for camera in CAMERAS}
+            numbers = rng.normal(size=(2, 4)).astype(np.float32)
+            writer.add_frame(
+                {"images": images, "state": numbers[0], "action": numbers[1]}, task=f"task {episode % 2}"
+            )
+        writer.save_episode()
+    writer.finalize()
+    return root
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parts")
+    dataset = Dataset.open(record(root / "data"))
+    build_cache(FakeTeacher(), dataset_source(dataset, CAMERAS), root / "cache", progress=False)
+    return root
+
+
+def make_config(folders, output, alpha=0.5, **settings):
+    defaults = {"dataset": folders / "data", "cache": folders / "cache", "teacher": "fake", "steps": 4}
+    return TrainConfig(
+        output=output,
+        student=STUDENT,
+        forcing=ForcingConfig(alpha=alpha),
+        batch_size=4,
+        save_every=2,
+        log_every=1,
+        optim=OptimConfig(warmup_steps=1),
+        trackers=(),
+        progress=False,
+        cpu=True,
+        **{**defaults, **settings},
+    )
+
+
+def test_matched_arms_have_the_same_start_and_batches(folders, tmp_path):
+    control, forced = (build_parts(make_config(folders, tmp_path, alpha)) for alpha in (0.0, 0.5))
+    assert control.teacher is None
+    assert forced.teacher.name == "fake"
+    a, b = control.student.state_dict(), forced.student.state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    for one, two in zip(control.batches.iterate(0, 3), forced.batches.iterate(0, 3), strict=True):
+        assert all(torch.equal(one[k], two[k]) if torch.is_tensor(one[k]) else one[k] == two[k] for k in one)
+
+
+def test_a_run_from_folders_resumes_exactly(folders, tmp_path):
+    whole = train(make_config(folders, tmp_path / "whole"))
+
+    def kill(saved):
+        if saved.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(folders, tmp_path / "killed"), on_checkpoint=kill)
+    resumed = train(make_config(folders, tmp_path / "killed"))
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    a, b = weights(whole.policy), weights(resumed.policy)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    observation = {
+        "images": {camera: np.zeros((20, 20, 3), np.uint8) for camera in CAMERAS},
+        "state": np.zeros(4, np.float32),
+        "task": "task 0",
+    }
+    assert load_student(whole.policy).act([observation]).shape == (1, 2, 4)
+
+
+def test_a_saved_policy_can_be_fine_tuned(folders, tmp_path):
+    first = train(make_config(folders, tmp_path / "first", alpha=0.0))
+    config = make_config(folders, tmp_path / "second", init_from=first.policy)
+    start = build_parts(config).student.state_dict()
+    assert all(torch.equal(start[key], value) for key, value in weights(first.policy).items())
+
+
+def test_accumulation_divides_the_samples_of_a_step(folders, tmp_path):
+    whole = build_parts(make_config(folders, tmp_path, 0.0)).batches
+    halves = build_parts(make_config(folders, tmp_path, 0.0, gradient_accumulation=2)).batches
+    for step in range(3):
+        parts = [halves.batch(2 * step + i)["index"] for i in range(2)]
+        assert torch.equal(whole.batch(step)["index"], torch.cat(parts))
+
+
+def test_the_cache_of_another_dataset_is_refused(folders, tmp_path):
+    record(tmp_path / "other", seed=1)
+    with pytest.raises(DataError, match="cache"):
+        build_parts(make_config(folders, tmp_path / "run", dataset=tmp_path / "other"))
+
+
+def test_the_cache_of_another_teacher_is_refused(folders, tmp_path):
+    with pytest.raises(ConfigError, match="features of 'fake', and teacher is 'vggt-nano'"):
+        build_parts(make_config(folders, tmp_path, teacher="vggt-nano"))
+
+
+def test_fractions_are_nested_and_take_the_same_part_of_each_task(folders, tmp_path):
+    dataset = Dataset.open(folders / "data")
+    chosen = [
+        select_episodes(dataset, make_config(folders, tmp_path, fraction=fraction, seed=seed))
+        for fraction, seed in [(0.3, 0), (0.5, 1), (1.0, 2)]
+    ]
+    assert set(chosen[0]) <= set(chosen[1]) <= set(chosen[2]) == set(range(len(LENGTHS)))
+    tasks = [sorted(dataset.episodes[number].task for number in numbers) for numbers in chosen]
+    assert tasks[0] == ["task 0", "task 1"]
+    assert tasks[1] == ["task 0", "task 0", "task 1"]
+    batches = build_parts(make_config(folders, tmp_path, 0.0, fraction=0.3)).batches
+    seen = {int(e) for step in range(6) for e in batches.batch(step)["episode_index"]}
+    assert seen == set(chosen[0])
+
+
+def test_missing_episodes_and_folders_are_named(folders, tmp_path):
+    with pytest.raises(ConfigError, match=r"episodes \[7\] are not in"):
+        build_parts(make_config(folders, tmp_path, episodes=(1, 7)))
+    with pytest.raises(ConfigError, match=r"dataset: .*nowhere"):
+        train(make_config(folders, tmp_path, dataset=tmp_path / "nowhere"))

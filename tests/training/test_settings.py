@@ -1,0 +1,174 @@
+"""Configurations: validation, presets, overrides, JSON, schedules."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from spatial_forcing.errors import ConfigError
+from spatial_forcing.training import PRESETS, OptimConfig, TrainConfig, lr_factor, override, preset
+from spatial_forcing.training.config import changed_settings
+from spatial_forcing.training.optim import make_optimizer, make_scheduler, parameter_groups
+from tests.training.fake_run import make_config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps is 0; expected at least 1"),
+        ({"batch_size": 6, "gradient_accumulation": 4}, "divide evenly"),
+        ({"fraction": 0.0}, "fraction is 0.0"),
+        ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'"),
+        ({"callback_every": 3}, r"multiple of save_every \(2\)"),
+        ({"trackers": ("tensorbord",)}, "Did you mean 'tensorboard'"),
+        ({"optim": OptimConfig(warmup_steps=6)}, "warm-up must end"),
+        ({"episodes": ()}, "episodes is"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config("out", **settings)
+
+
+def test_forcing_needs_a_teacher():
+    plain = {**make_config("out").to_plain(), "teacher": None}
+    with pytest.raises(ConfigError, match=r"forcing.alpha is 0.5 and there is neither a teacher nor a cache"):
+        TrainConfig.from_plain(plain)
+    assert not TrainConfig.from_plain({**plain, "forcing": {"alpha": 0.0}}).forces
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, "optim.lr"),
+        ({"betas": (0.9, 1.0)}, "optim.betas"),
+        ({"decay": "cosin"}, "optim.decay"),
+        ({"clip_norm": 0.0}, "optim.clip_norm"),
+        ({"decay": "step"}, "'step' needs milestones"),
+        ({"milestones": (10,)}, "only 'step' uses them"),
+        ({"decay": "step", "milestones": (10, 5)}, "increasing"),
+    ],
+)
+def test_wrong_optimizer_settings_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        OptimConfig(**settings)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    config = preset(name, dataset="data", output="runs/a")
+    assert TrainConfig.from_plain(json.loads(json.dumps(config.to_plain()))) == config
+
+
+def test_overrides_by_dotted_name():
+    config = preset(
+        "nano-metaworld",
+        dataset="data",
+        output="runs/a",
+        overrides={
+            "steps": "20",
+            "optim.warmup_steps": 5,  # consistent only together
+            "forcing.alpha": 0,
+            "optim.betas": "0.9,0.95",
+            "student.head": "flow",
+            "cache": "features",
+            "optim.clip_norm": "none",
+            "student.blank_images": "true",
+        },
+    )
+    assert config.steps == 20
+    assert config.forcing.alpha == 0.0
+    assert config.optim.betas == (0.9, 0.95)
+    assert config.student.head == "flow"
+    assert config.cache == Path("features")
+    assert config.optim.clip_norm is None
+    assert config.student.blank_images is True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"stepz": 3}, "unknown setting 'stepz'. Did you mean 'steps'"),
+        ({"forcing.alhpa": 3}, "unknown setting 'forcing.alhpa'. Did you mean 'alpha'"),
+        ({"steps": "many"}, "steps is 'many'; expected an integer"),
+        ({"steps": True}, "expected an integer"),
+        ({"augment.rotation": 3}, "has no settings"),
+        ({"student.head": "l2"}, "choose from 'l1', 'flow'"),
+        ({"student": 3}, "student is 3"),
+    ],
+)
+def test_wrong_overrides_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        override(make_config("out"), overrides)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ConfigError, match="Did you mean 'nano-metaworld'"):
+        preset("nano-metaword", dataset="data", output="out")
+
+
+def test_only_what_changes_learning_counts_as_changed():
+    one = make_config("a", keep=1, log_every=5)
+    two = make_config("b", seed=3, optim=OptimConfig(lr=1e-4))
+    assert set(changed_settings(one.to_plain(), two.to_plain())) == {"seed", "optim.lr"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    warmup=st.integers(0, 40),
+    decay=st.sampled_from(["cosine", "linear", "constant"]),
+    final=st.floats(0, 1),
+)
+def test_schedules_rise_then_fall(warmup, decay, final):
+    config = OptimConfig(warmup_steps=warmup, decay=decay, final_lr_ratio=final)
+    factors = [lr_factor(config, step, 100) for step in range(101)]
+    assert factors[warmup] == 1.0
+    assert all(a < b for a, b in pairwise(factors[: warmup + 1]))
+    assert all(a >= b for a, b in pairwise(factors[warmup:]))
+    assert factors[100] == pytest.approx(1.0 if decay == "constant" else final)
+
+
+def test_warm_up_does_not_cancel_the_decay():
+    """The released code's warm-up sets the rate anew at every later step, so that it never decays."""
+    config = OptimConfig(warmup_steps=10, decay="step", milestones=(50, 80), milestone_factor=0.1)
+    factors = {step: lr_factor(config, step, 100) for step in (0, 9, 10, 49, 50, 79, 80, 99)}
+    expected = {0: 1 / 11, 9: 10 / 11, 10: 1, 49: 1, 50: 0.1, 79: 0.1, 80: 0.01, 99: 0.01}
+    assert factors == pytest.approx(expected)
+    cosine = OptimConfig(warmup_steps=10, decay="cosine")
+    assert lr_factor(cosine, 55, 100) == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
+
+
+def test_the_scheduler_sets_the_rate_of_every_group():
+    config = OptimConfig(lr=0.1, warmup_steps=3, decay="linear")
+    optimizer = make_optimizer(nn.Linear(2, 2), config)
+    scheduler = make_scheduler(optimizer, config, 10)
+    seen = []
+    for _ in range(10):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert seen == [[pytest.approx(0.1 * lr_factor(config, step, 10))] * 2 for step in range(10)]
+
+
+def test_vectors_are_not_decayed_and_frozen_parameters_left_out():
+    module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    module[2].requires_grad_(False)
+    decayed, plain = parameter_groups(module, 0.1)
+    assert [p.shape for p in decayed["params"]] == [(4, 3)]
+    assert decayed["weight_decay"] == 0.1
+    assert [p.shape for p in plain["params"]] == [(4,)] * 3
+    assert plain["weight_decay"] == 0.0
+    with pytest.raises(ConfigError, match="trainable"):
+        parameter_groups(module.requires_grad_(False), 0.1)
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(AttributeError):
+        make_config("out").steps = 3
