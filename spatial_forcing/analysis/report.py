@@ -62,9 +62,7 @@ def render(data: ReportData) -> str:
         probe_chart=_probe_chart(data) if data.probe else "",
         probe_rows=_probe_table(data.probe.metrics) if data.probe else [],
         config={key: json.dumps(value, indent=2, default=str) for key, value in data.config.items()},
-        environment={
-            k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in _flat(data.environment)
-        },
+        environment=_flat(data.environment),
     )
 
 

@@ -240,7 +240,7 @@ def _panel_row(panel: Any, near: float, far: float, names: Mapping[str, str] | N
 def pca_rows(
     images: Mapping[str, NDArray[np.uint8]], pictures: Mapping[str, NDArray[np.uint8]]
 ) -> tuple[PictureRow, ...]:
-    """Rows of (image, PCA of each feature set); `images`: (H, W, 3) by heading, in the order of the pictures."""
+    """Rows of (image, PCA of each feature set); `images`: (H, W, 3) by heading, in their order."""
     return tuple(
         PictureRow(
             heading,

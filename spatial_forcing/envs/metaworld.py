@@ -33,7 +33,6 @@ ROTATED_CAMERAS = frozenset({"corner", "corner2", "corner3", "corner4"})
 """Mounted upside down in the simulator; their images are turned by 180 degrees."""
 GOAL_MARGIN = 0.06
 """Metres that a goal may lie behind the visible surface and still be seen: it may be inside its object."""
-_MUTABLE = ("body_pos", "body_quat", "site_pos")
 
 
 class MetaWorldEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
@@ -77,7 +76,6 @@ class MetaWorldEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         if len(set(cameras)) != len(tuple(cameras)) or not cameras:
             raise ConfigError(f"cameras are {tuple(cameras)}; expected one or more different names.")
         self._task, self._cameras, self._size, self._horizon = task, tuple(cameras), image_size, horizon
-        self._original = {name: getattr(self._sim.model, name).copy() for name in _MUTABLE}
         self._renderer: FastRenderer | None = None
         self._full = np.zeros(0)
         self._steps: int | None = None
@@ -127,7 +125,7 @@ class MetaWorldEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         super().reset(seed=scene)
         if scene is None:
             scene = int(self.np_random.integers(2**31))
-        self._full = _start_episode(self._sim, self._original, scene)
+        self._full = _start_episode(self._sim, scene)
         self._steps = 0
         return self._observe(), {"success": False, "seed": scene}
 
@@ -261,19 +259,17 @@ def _make_simulator(task: str) -> Any:
     return sim
 
 
-def _start_episode(sim: Any, original: Mapping[str, NDArray[np.float64]], seed: int) -> NDArray[np.float64]:
+def _start_episode(sim: Any, seed: int) -> NDArray[np.float64]:
     """Reset the simulator to the scene of `seed`; returns the full (39,) observation."""
     import mujoco
 
-    # The tasks move bodies and sites of the *model*: without this an episode depends on those before it.
-    for name, value in original.items():
-        getattr(sim.model, name)[:] = value
-    mujoco.mj_resetData(sim.model, sim.data)
     sim.seed(seed)
+    # Places everything twice, from two draws, so that nothing of the episode before survives.
     sim.reset()
     for name, position in sim._target_site_config:
         site = sim.model.site(name)
-        if site.bodyid[0] == 0:  # a free marker; the others move with their object
+        # Free markers; the others move with their object. Meta-World's own placing is lost at the next step.
+        if site.bodyid[0] == 0:
             site.pos = position
     # Some tasks place objects after the last forward pass, so that their own first observation is stale.
     mujoco.mj_forward(sim.model, sim.data)

@@ -269,7 +269,7 @@ def _view(model: Any, camera: Camera) -> Any:
 
 
 def intrinsics(model: Any, camera: Camera, height: int, width: int) -> NDArray[np.float64]:
-    """(3, 3) pinhole matrix of an image of `height` x `width` pixels; turning it by 180 degrees changes nothing.
+    """(3, 3) pinhole matrix of an image of `height` x `width` pixels, also if it is turned by 180 degrees.
 
     Raises:
         ConfigError: unknown camera.

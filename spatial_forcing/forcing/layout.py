@@ -178,16 +178,15 @@ def shifted(layout: TokenLayout, shift: int) -> TokenLayout:
     return replace(layout, index=torch.where(layout.index >= 0, layout.index + shift, layout.index))
 
 
-def check_layout(layout: TokenLayout, *, batch_size: int, views: int, length: int | None = None) -> None:
+def check_layout(layout: TokenLayout, *, batch_size: int, views: int) -> None:
     """Refuse a layout that does not describe its batch.
 
     Args:
         layout: what the student returned, shifted.
         batch_size, views: B and V of the batch's `Views`.
-        length: L of the captured hidden states; None where there are none yet.
 
     Raises:
-        LayoutError: shapes that disagree, no view tokens at all, or a position outside the sequence.
+        LayoutError: shapes that disagree, no view tokens at all, or a padded token marked valid.
     """
     index, valid = layout.index, layout.valid
     if (
@@ -214,14 +213,25 @@ def check_layout(layout: TokenLayout, *, batch_size: int, views: int, length: in
         raise LayoutError(
             "the layout marks tokens valid whose position is negative (-1 is padding); fix `valid`."
         )
-    if length is not None and int(index.max()) >= length:
-        raise LayoutError(
-            f"the layout points at position {int(index.max())} of a sequence of {length} tokens. Check the "
-            "start and grid of the views, token_shift, and truncation of the sequence."
-        )
 
 
 def gather_tokens(hidden: Tensor, layout: TokenLayout) -> Tensor:
-    """The hidden states at the layout's positions: (B, L, D) -> (B, V * h * w, D), view-major, row-major."""
+    """The hidden states at the layout's positions: (B, L, D) -> (B, V * h * w, D), view-major, row-major.
+
+    Raises:
+        LayoutError: another batch size, or a position outside the sequence.
+    """
+    batch_size, length = hidden.shape[:2]
+    if batch_size != layout.index.shape[0]:
+        raise LayoutError(
+            f"the residual stream has batch size {batch_size}, the layout {layout.index.shape[0]}; the "
+            "layout needs one row for each row of the decoder's batch."
+        )
+    last = int(layout.index.max())
+    if last >= length:
+        raise LayoutError(
+            f"the layout points at position {last} of a sequence of {length} tokens. Check the start and "
+            "grid of the views, token_shift, and truncation of the sequence."
+        )
     index = layout.index.to(hidden.device).flatten(1).clamp(min=0)
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -285,13 +285,6 @@ class SpatialForcing(nn.Module):
         return align_loss, metrics
 
     def _tokens(self, k: int, state: Tensor, layout: TokenLayout) -> Tensor:
-        B, V = layout.index.shape[:2]
-        if state.shape[0] != B:
-            raise LayoutError(
-                f"the residual stream after {k} blocks has batch size {state.shape[0]}, the layout {B}; "
-                "return one layout row for each row of the decoder's batch."
-            )
-        check_layout(layout, batch_size=B, views=V, length=state.shape[1])
         if torch.is_grad_enabled() and not self._trainable_checked:
             check_trainable(state, k, list(self._alignable.blocks), list(self.student.parameters()))
             self._trainable_checked = k == self._tap.depths[-1]

@@ -86,7 +86,7 @@ class Tap:
                     f"the tap after {k} blocks read a tensor of shape {tuple(captured[k].shape)}; expected "
                     "(batch, sequence, width). Pass the decoder's blocks as `blocks`."
                 )
-        return captured
+        return {k: captured[k] for k in self.depths}
 
     def site(self, k: int) -> str:
         """In words, where the tap after `k` blocks sits; for messages."""

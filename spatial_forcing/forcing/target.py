@@ -107,7 +107,7 @@ def token_validity(layout: TokenLayout, views: Views, registration: str = "corne
         if registration == "corner"
         else 2 / sizes.flip(-1).clamp(min=1)
     )
-    cell = (views.student_to_view[..., :2].abs() @ step[..., None]).squeeze(-1)
+    cell = (views.student_to_view[..., :2].abs() * step[..., None, :]).sum(-1)
     # The slack keeps points that are on the limit in exact arithmetic from falling off it by rounding.
     inside = (mapped.abs() <= 1 + cell[:, :, None, None] / 2 + 1e-5).all(-1)
     return (
@@ -134,8 +134,9 @@ def _pixel_valid(views: Views, sizes: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _map(affine: Tensor, points: Tensor) -> Tensor:
-    """Apply (B, V, 2, 3) to (B, V, h, w, 2)."""
-    return transform(affine, points.flatten(2, 3)).view(points.shape)
+    """Apply (B, V, 2, 3) to (B, V, h, w, 2), in float32 whatever autocast says: bf16 cannot place a token."""
+    with torch.autocast(points.device.type, enabled=False):
+        return transform(affine, points.flatten(2, 3)).view(points.shape)
 
 
 class Standardiser(FixedPrecision):

@@ -30,7 +30,8 @@ from spatial_forcing.quickstart.config import (
     QuickstartConfig,
 )
 from spatial_forcing.quickstart.page import Evaluated, build_page, policy_at
-from spatial_forcing.quickstart.stages import Stages, digest, write_json
+from spatial_forcing.quickstart.stages import Stages, digest
+from spatial_forcing.storage import write_json
 from spatial_forcing.students import load_student
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import cache_info

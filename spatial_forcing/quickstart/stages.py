@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,18 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
+from spatial_forcing.storage import write_json
+
 
 def digest(inputs: Mapping[str, Any]) -> str:
     """Eight hex digits that name a set of JSON-able inputs; equal inputs give equal digests."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write beside `path` and rename, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    os.replace(partial, path)
 
 
 @dataclass

@@ -7,8 +7,7 @@ line; `students/__init__.py` imports it.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 from spatial_forcing.errors import CheckpointError
 from spatial_forcing.protocols import Student
 from spatial_forcing.registry import Registry
+from spatial_forcing.storage import replace_file, write_json
 
 __all__ = ["STUDENTS", "Student", "load_student", "load_weights", "read_config", "save_checkpoint"]
 
@@ -77,18 +77,8 @@ def save_checkpoint(module: nn.Module, config: Mapping[str, Any], folder: str | 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().contiguous().cpu() for name, value in module.state_dict().items()}
-    _replace(folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    text = json.dumps(dict(config), indent=2) + "\n"
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_file(folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    write_json(folder / CONFIG_FILE, dict(config))
 
 
 def load_weights(module: nn.Module, folder: str | Path) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
+from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.protocols import Teacher
+from spatial_forcing.storage import disk_full_explained, exclusive, progress_bar, require_disk
 from spatial_forcing.teachers.cache_format import (
     DTYPES,
     HEADER,
@@ -42,8 +37,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 * 2**20
 """A shard closes at the first episode that reaches this size; an interruption loses at most one shard."""
-SPARE_BYTES = 64 * 2**20
-"""Disk space that a build must leave free."""
+KEPT = "completed shards are kept"
 FIDELITY_FRAMES = 32
 LOW_FIDELITY = 0.95
 """Cosine after mean removal below which a build warns."""
@@ -93,18 +87,18 @@ def build_cache(
     names = tuple(source.cameras if cameras is None else cameras)
     _check_settings(source, names, dtype, batch_size)
     wanted = tuple(dict.fromkeys(resolve_layers(layers, teacher.depth)))
-    with _exclusive(folder), _disk_full(folder):
+    with exclusive(folder, wait=False, doing="building a cache"), disk_full_explained(folder, KEPT):
         header = _header(teacher, source, folder, cameras=names, layers=wanted, dtype=dtype)
         shards = _drop_changed(folder, header, source, read_shards(folder), replace_changed)
         plan = _missing(source, shards)
         rows = sum(episode.length for episode in plan)
-        _require_disk(folder, rows * header.row.itemsize)
+        require_disk(folder, rows * header.row.itemsize, "the cache", "cache fewer layers or use int8")
         if plan:
             header = replace(header, fidelity=None, fidelity_frames=0)
         header.save(folder)
         _sweep(folder, shards)
         builder = _Builder(teacher, source, header, batch_size)
-        with _progress(progress and rows > 0) as bar:
+        with progress_bar(progress and rows > 0) as bar:
             task = bar.add_task(f"caching {teacher.name}", total=rows)
             for number, group in _groups(plan, header, shards, shard_bytes):
                 builder.write_shard(folder / f"shard-{number:05d}.bin", group, lambda n: bar.advance(task, n))
@@ -373,49 +367,3 @@ class _EpisodeChecksums:
             self.values[episode] = checksum(rows[start:stop], self.values[episode])
             self._row += stop - start
             start = stop
-
-
-def _require_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed and free < needed + SPARE_BYTES:
-        raise EnvironmentSetupError(
-            f"the cache needs {needed / 2**20:,.0f} MiB more in {folder}, but {free / 2**20:,.0f} MiB are "
-            f"free ({SPARE_BYTES // 2**20} MiB must stay free). "
-            "Free some space, cache fewer layers or use int8."
-        )
-
-
-@contextmanager
-def _disk_full(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise EnvironmentSetupError(
-            f"the disk of {folder} is full; completed shards are kept. Free some space and build again."
-        ) from error
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """One builder at a time; the kernel frees the lock when a process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise EnvironmentSetupError(
-                f"process {handle.read().strip() or 'unknown'} is building a cache in {folder}; "
-                "wait for it, or use another folder."
-            ) from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield
-
-
-def _progress(enabled: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not enabled)

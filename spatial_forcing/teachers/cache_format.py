@@ -13,7 +13,6 @@ Shapes: n rows, V view, h x w teacher grid, C channels.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spatial_forcing.errors import DataError
+from spatial_forcing.storage import write_json
 
 VERSION = 1
 HEADER = "header.json"
@@ -214,16 +214,6 @@ def decode_present(header: CacheHeader, bits: NDArray[np.uint8]) -> NDArray[np.b
 def checksum(rows: NDArray[Any], before: int = 0) -> int:
     """CRC-32 of rows as they lie in the file, continuing from `before`."""
     return zlib.crc32(np.ascontiguousarray(rows).view(np.uint8).data, before)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write beside, flush to disk, rename."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(beside, "w", encoding="utf-8") as handle:
-        json.dump(content, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(beside, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,10 +14,25 @@ from pathlib import Path
 import pytest
 
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-extensions --disable-dev-shm-usage "
-    "--hide-scrollbars --no-default-browser-check --enable-logging=stderr --v=0"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--enable-logging=stderr",
+    "--v=0",
+    # The browser's own services must not leave the machine either.
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)
+
+
+NOBODY = "not an origin"
 
 
 def chromium() -> str:
@@ -45,13 +60,24 @@ def visit(page: Path, *, width: int = 1280, height: int = 900, dark: bool = Fals
         command += ["--blink-settings=preferredColorScheme=" + ("0" if dark else "1")]
         command += [f"--screenshot={shot}"] if shot else ["--dump-dom"]
         run = subprocess.run(
-            [*command, page.as_uri()], capture_output=True, timeout=120, env={**os.environ, "HOME": profile}
+            [*command, page.as_uri()],
+            capture_output=True,
+            check=False,
+            timeout=120,
+            env={**os.environ, "HOME": profile},
         )
         errors = run.stderr.decode(errors="replace")
         assert run.returncode == 0, errors
-        urls = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text(errors="replace")))
+        requests = page_requests(log)
     console = [line for line in errors.splitlines() if "CONSOLE" in line]
-    return Visit(run.stdout.decode(errors="replace"), console, sorted(urls))
+    return Visit(run.stdout.decode(errors="replace"), console, requests)
+
+
+def page_requests(log: Path) -> list[str]:
+    """What pages asked the network for; the browser's own services have no initiator."""
+    events = json.loads(log.read_text(errors="replace"))["events"]
+    asked = (event.get("params", {}) for event in events)
+    return sorted({p["url"] for p in asked if "url" in p and p.get("initiator", NOBODY) != NOBODY})
 
 
 def inspect(page: Path, script: str, **where) -> tuple[dict, Visit]:

@@ -67,6 +67,7 @@ def test_a_grown_dataset_decodes_only_what_is_new(dataset, build, monkeypatch):
     build.add_episode(writer, 3, 5)
     writer.finalize()
     grown = Dataset.open(dataset.root)
+    assert verify_store(grown) == []  # what is not there yet is no defect
     decoded = count_decoded(monkeypatch)
     result = grown.store(["wrist"], progress=False)
     assert [index for index, _ in decoded] == list(range(19, 24))
@@ -96,7 +97,7 @@ def test_damage_is_found_and_truncation_repaired(dataset):
     file.write_bytes(content)
     assert verify_store(dataset) == [(1, file.name)]
     file.write_bytes(content[: len(content) // 2])
-    assert {episode for episode, _ in verify_store(dataset)} == {0, 1, 2}
+    assert {episode for episode, _ in verify_store(dataset)} == {1, 2}
     assert_equal_to_decoding(dataset.store(["front"], progress=False), dataset)
     assert verify_store(dataset) == []
 

@@ -65,7 +65,11 @@ def test_the_state_tells_nothing_about_objects_and_goals(reach):
     np.testing.assert_allclose(second["state"], reach.privileged_state()[:4], rtol=1e-6)
 
 
-@pytest.mark.parametrize("task", ["push-v3", "basketball-v3", "drawer-open-v3", "shelf-place-v3"])
+QUICK = ("push-v3", "basketball-v3", "drawer-open-v3", "shelf-place-v3")
+SLOW = [pytest.param(task, marks=pytest.mark.slow) for task in INSTRUCTIONS if task not in QUICK]
+
+
+@pytest.mark.parametrize("task", [*QUICK, *SLOW])
 def test_a_seed_determines_the_episode_whatever_came_before(task):
     fresh, used = (make_env(task, image_size=64) for _ in range(2))
     play(used, seed=8, steps=20)
@@ -138,6 +142,17 @@ def test_the_goal_marker_is_drawn_where_the_goal_is(reach):
         r, g, b = observation["images"]["corner2"][int(y), int(x)].astype(int)
         assert r > 120
         assert max(g, b) < 60
+
+
+@pytest.mark.parametrize(("task", "marker"), [("door-lock-v3", "goal_lock"), ("sweep-v3", "goal")])
+def test_markers_stay_at_the_goal(task, marker):
+    """In these tasks the simulator's own marker would stand elsewhere."""
+    env = make_env(task, image_size=16)
+    env.reset(seed=0)
+    for _ in range(2):
+        np.testing.assert_allclose(env._sim.data.site(marker).xpos, env.goal_position(), atol=1e-9)
+        env.step(ZERO)
+    env.close()
 
 
 def test_a_goal_behind_something_or_outside_is_not_visible(reach):

@@ -307,9 +307,8 @@ class TestFrozen:
             """One reentrant checkpoint around all blocks: their states never join the graph."""
 
             def predict(self, images, state):
-                hidden = checkpoint(
-                    nn.Sequential(*self.layers), self.state(state)[:, None], use_reentrant=True
-                )
+                hidden = self.state(state)[:, None].expand(-1, 20, -1)
+                hidden = checkpoint(nn.Sequential(*self.layers), hidden, use_reentrant=True)
                 return self.head(self.norm(hidden)[:, -1]).view(-1, self.chunk, self.action_dim)
 
         with pytest.raises(ConfigError, match="use_reentrant=False"):

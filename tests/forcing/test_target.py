@@ -48,7 +48,7 @@ def sample(features, views, grid, registration="corner"):
 
 
 def coordinate_features(rows, columns):
-    """Features that are their own coordinates, (1, 1, rows, columns, 2): bilinear sampling is exact on them."""
+    """Features that are their own coordinates, (1, 1, rows, columns, 2); sampling is exact on them."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
     return torch.stack([x, y], -1)[None, None]
 
@@ -119,6 +119,13 @@ def test_padded_grids_sample_like_their_own_size():
     (expected,) = make_targets([features[:, :1]], alone, small, valid=small.valid, pe_scale=0.1)
     torch.testing.assert_close(target[:, :1, :2, :3], expected)
     assert target[0, 0, 2:].abs().max() == 0
+
+
+def test_geometry_is_exact_under_autocast():
+    features, matrix = torch.randn(1, 1, 9, 9, 4), affine(0.4, 0.4, 0.1, 0.123, -0.2)
+    expected = sample(features, views_of(matrix), (7, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sample(features, views_of(matrix), (7, 7)), expected)
 
 
 class TestValidity:

@@ -12,6 +12,7 @@ import torch
 
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
 from spatial_forcing.protocols import Teacher
+from spatial_forcing import storage
 from spatial_forcing.teachers import cache_build
 from spatial_forcing.teachers.cache import (
     CachedTeacher,
@@ -369,10 +370,10 @@ def test_no_cache_and_other_versions_are_named(source, folder):
 
 
 def test_the_disk_is_checked_first_and_a_full_one_keeps_what_is_done(source, folder, monkeypatch):
-    usage = type("Usage", (), {"free": cache_build.SPARE_BYTES})
+    usage = type("Usage", (), {"free": storage.SPARE_BYTES})
     with monkeypatch.context() as patch:
-        patch.setattr(cache_build.shutil, "disk_usage", lambda folder: usage)
-        with pytest.raises(EnvironmentSetupError, match=r"needs .* MiB more .*64 MiB are free"):
+        patch.setattr(storage.shutil, "disk_usage", lambda folder: usage)
+        with pytest.raises(EnvironmentSetupError, match=r"the cache needs .* MiB .*64 MiB are free"):
             build(FakeTeacher(), source, folder)
     assert not (folder / "header.json").exists()
     calls = []

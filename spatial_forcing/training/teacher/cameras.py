@@ -36,7 +36,7 @@ def rotation_about(axis: Array, angle: float) -> Array:
 
 
 def look_at(position: Array, target: Array, roll: float = 0.0) -> Array:
-    """(4, 4) pose of a camera at `position` (3,) that sees `target` (3,) in its centre, upright but for `roll`."""
+    """(4, 4) pose of a camera at `position` (3,) with `target` (3,) in its centre, turned by `roll` radians."""
     forward = (target - position) / np.linalg.norm(target - position)
     right = np.cross(forward, [0.0, 0.0, 1.0])
     right /= max(float(np.linalg.norm(right)), 1e-6)
@@ -68,9 +68,9 @@ def corner_camera(rng: np.random.Generator, spread: float = 0.1) -> Camera:
     return Camera(look_at(position, target, rng.normal(0, np.deg2rad(2))), 60 + rng.normal(0, 4))
 
 
-def wrist_camera(rng: np.random.Generator, mount: Array, fovy: float) -> Camera:
-    """The wrist camera `mount` (4, 4) moved by about 1 cm and 3 degrees."""
-    pose = mount.copy()
+def moved_camera(rng: np.random.Generator, camera: Camera) -> Camera:
+    """`camera` moved by about 1 cm and 3 degrees (a wrist camera's mount is never exact)."""
+    pose = camera.pose.copy()
     pose[:3, 3] += rng.normal(0, 0.01, 3)
     pose[:3, :3] = pose[:3, :3] @ rotation_about(rng.normal(0, 1, 3), rng.normal(0, np.deg2rad(3)))
-    return Camera(pose, fovy + rng.normal(0, 3))
+    return Camera(pose, camera.fovy + rng.normal(0, 3))

@@ -41,7 +41,7 @@ def evaluate_teacher(model: VGGT, scenes: SceneDataset, *, batch_size: int = 16)
     for start in range(0, len(scenes), batch_size):
         batch = scenes.batch(torch.arange(start, min(start + batch_size, len(scenes))))
         output = model(batch.images.float() / 255, ("camera", "depth"))
-        size = batch.depth.shape[-2:]
+        size = (batch.depth.shape[-2], batch.depth.shape[-1])
         depth = F.interpolate(output["depth"][..., 0], size=size, mode="bilinear", align_corners=True)
         scores = depth_metrics(depth.flatten(0, 1), batch.depth.flatten(0, 1))
         if batch.depth.shape[1] > 1:
@@ -67,7 +67,9 @@ def _relative(extrinsics: Tensor) -> Tensor:
 
 def metrics_table(metrics: Mapping[str, float]) -> Table:
     """The metrics as a table for the terminal."""
-    table = Table(title=f"{metrics['images']:.0f} images, {metrics['pairs']:.0f} view pairs of held-out tasks")
+    table = Table(
+        title=f"{metrics['images']:.0f} images, {metrics['pairs']:.0f} view pairs of held-out tasks"
+    )
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, title in ROWS.items():

@@ -69,7 +69,9 @@ def teacher_loss(
     if "depth" in output:
         parts["depth"] = depth_loss(output["depth"][..., 0], output["depth_conf"], targets)
     if "world_points" in output:
-        parts["point"] = point_weight * point_loss(output["world_points"], output["world_points_conf"], targets)
+        parts["point"] = point_weight * point_loss(
+            output["world_points"], output["world_points_conf"], targets
+        )
     if "pose_enc_iterations" in output:
         parts["camera"] = camera_weight * camera_loss(output["pose_enc_iterations"], targets.pose)
     return torch.stack(list(parts.values())).sum(), {name: value.detach() for name, value in parts.items()}

@@ -27,7 +27,9 @@ def depth_metrics(predicted: Tensor, truth: Tensor) -> dict[str, Tensor]:
         DataError: shapes differ, or a prediction is not finite.
     """
     if predicted.shape != truth.shape or truth.ndim != 3:
-        raise DataError(f"depth is {tuple(predicted.shape)}, the truth {tuple(truth.shape)}; expected (N, H, W).")
+        raise DataError(
+            f"depth is {tuple(predicted.shape)}, the truth {tuple(truth.shape)}; expected (N, H, W)."
+        )
     if not bool(torch.isfinite(predicted).all()):
         raise DataError("predicted depth is not finite; the model diverged.")
     truth = truth.clamp(NEAREST, DEPTH_MAX)

@@ -6,9 +6,9 @@ only on (seed, step), so a resumed run sees what an uninterrupted one would have
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from spatial_forcing.errors import CheckpointError, ConfigError, DataError
+from spatial_forcing.storage import disk_full_explained, progress_bar, replace_file, write_json
 from spatial_forcing.teachers.vggt.config import CameraHeadConfig, DPTConfig, VGGTConfig
 from spatial_forcing.teachers.vggt.loading import save_vggt
 from spatial_forcing.teachers.vggt.model import VGGT
@@ -76,10 +77,10 @@ class PretrainConfig:
     """
 
     out: Path = Path("runs/vggt-nano")
-    train_scenes: int = 12800
+    train_scenes: int = 16000
     test_scenes: int = 896
     steps: int = 9000
-    minutes: float | None = None
+    minutes: float | None = 46.0
     views_per_step: int = 12
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -94,12 +95,22 @@ class PretrainConfig:
     model: VGGTConfig = field(default_factory=lambda: NANO)
 
     def __post_init__(self) -> None:
-        positive = ("train_scenes", "test_scenes", "steps", "log_every", "point_every", "threads", "learning_rate")
+        positive = (
+            "train_scenes",
+            "test_scenes",
+            "steps",
+            "log_every",
+            "point_every",
+            "threads",
+            "learning_rate",
+        )
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"pretraining's {name} is {getattr(self, name)}; it must be positive.")
         if self.views_per_step < 3:
-            raise ConfigError(f"views_per_step is {self.views_per_step}; it must be 3 or more (views of a scene).")
+            raise ConfigError(
+                f"views_per_step is {self.views_per_step}; it must be 3 or more (views of a scene)."
+            )
         if self.minutes is not None and self.minutes <= 0:
             raise ConfigError(f"minutes is {self.minutes}; it must be positive, or left out.")
         if not 0 <= self.ema_decay < 1:
@@ -130,7 +141,7 @@ def pretrain(config: PretrainConfig) -> Path:
         EnvironmentSetupError: no disk space, no GL library, or no Meta-World.
     """
     console = Console()
-    with _progress(console) as progress:
+    with progress_bar() as progress:
         render_with_progress(config.out / "scenes" / "train", config.train_spec, progress, "training scenes")
         render_with_progress(config.out / "scenes" / "test", config.test_spec, progress, "test scenes")
         run = PretrainRun(config)
@@ -139,8 +150,12 @@ def pretrain(config: PretrainConfig) -> Path:
             progress.update(task, completed=run.step, description=f"training (loss {loss:.3f})")
         progress.update(task, total=run.step)
     metrics = evaluate_teacher(run.average, SceneDataset(config.out / "scenes" / "test"))
-    metrics |= {"steps": run.step, "train_minutes": run.seconds / 60, "views_seen": run.step * config.views_per_step}
-    _write_atomically(config.out / "test_metrics.json", json.dumps(metrics, indent=1).encode())
+    metrics |= {
+        "steps": run.step,
+        "train_minutes": run.seconds / 60,
+        "views_seen": run.step * config.views_per_step,
+    }
+    write_json(config.out / "test_metrics.json", metrics)
     console.print(metrics_table(metrics))
     console.print(f"weights: {run.weights}\nmetrics: {config.out / 'test_metrics.json'}")
     return run.weights
@@ -156,12 +171,6 @@ def render_with_progress(folder: Path, spec: SceneSpec, progress: Progress, titl
     progress.advance(task, (spec.shards - missing) * SHARD)
     for _ in render_scenes(folder, spec):
         progress.advance(task, SHARD)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )
 
 
 class PretrainRun:
@@ -184,7 +193,9 @@ class PretrainRun:
         self.average = VGGT(config.model)
         self.average.load_state_dict(self.model.state_dict())
         self.average.requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(_parameter_groups(self.model, config.weight_decay), betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, config.weight_decay), betas=(0.9, 0.98)
+        )
         self.step = 0
         self.seconds = 0.0
         self._restore()
@@ -198,7 +209,11 @@ class PretrainRun:
     def progress(self) -> float:
         """0 at the start, 1 at the end: the share of the steps or of the minutes, whichever is more."""
         by_steps = self.step / self.config.steps
-        return by_steps if self.config.minutes is None else max(by_steps, self.seconds / 60 / self.config.minutes)
+        return (
+            by_steps
+            if self.config.minutes is None
+            else max(by_steps, self.seconds / 60 / self.config.minutes)
+        )
 
     def train(self, scenes: SceneDataset) -> Iterator[float]:
         """Train to the end; yields the loss every `log_every` steps. Saves as it goes and at the end."""
@@ -208,7 +223,7 @@ class PretrainRun:
             started = time.monotonic()
             parts = self._step(scenes)
             self.seconds += time.monotonic() - started
-            losses = {k: v if k not in losses else losses[k].lerp(v, 0.05) for k, v in parts.items()}
+            losses |= {k: v if k not in losses else losses[k].lerp(v, 0.05) for k, v in parts.items()}
             if self.step % self.config.log_every == 0:
                 self._log(losses)
                 yield float(parts["depth"])
@@ -227,10 +242,8 @@ class PretrainRun:
             "step": self.step,
             "seconds": self.seconds,
         }
-        self.out.mkdir(parents=True, exist_ok=True)
-        beside = self.out / f"checkpoint.{os.getpid()}.tmp"
-        torch.save(state, beside)
-        os.replace(beside, self.out / "checkpoint.pt")
+        with disk_full_explained(self.out, "the checkpoint before this one is kept"):
+            replace_file(self.out / "checkpoint.pt", functools.partial(torch.save, state))
         save_vggt(self.average, self.weights, licence=LICENCE, dtype=torch.float16)
 
     def _restore(self) -> None:
@@ -256,14 +269,16 @@ class PretrainRun:
         batch, indices = _draw(scenes, config.views_per_step, generator)
         warmup = min(1.0, (self.step + 1) / config.warmup_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(self.progress, 1)))
+            group["lr"] = (
+                config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(self.progress, 1)))
+            )
         heads = ("camera", "depth", "point") if self.step % config.point_every == 0 else ("camera", "depth")
         output = self.model(_augment(batch.images, generator), heads)
         loss, parts = teacher_loss(output, make_targets(batch, tuple(output["depth"].shape[2:4])))
         if not bool(torch.isfinite(loss)):
             raise DataError(
-                f"the loss is {float(loss)} at step {self.step} (scenes {indices.tolist()} of {scenes.folder}); "
-                "lower learning_rate and run again: it continues from the last checkpoint."
+                f"the loss is {float(loss)} at step {self.step} (scenes {indices.tolist()} of {scenes.folder});"
+                " lower learning_rate and run again: it continues from the last checkpoint."
             )
         self.optimizer.zero_grad()
         loss.backward()
@@ -278,7 +293,9 @@ class PretrainRun:
 
     def _log(self, losses: dict[str, Tensor]) -> None:
         row: dict[str, Any] = {"step": self.step, "seconds": round(self.seconds, 1)}
-        row |= {"lr": self.optimizer.param_groups[0]["lr"]} | {k: round(float(v), 5) for k, v in losses.items()}
+        row |= {"lr": self.optimizer.param_groups[0]["lr"]} | {
+            k: round(float(v), 5) for k, v in losses.items()
+        }
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -313,9 +330,3 @@ def _comparable(config: PretrainConfig) -> dict[str, Any]:
     """The settings that must not change when a run is resumed (how long it runs may)."""
     free = {"out", "steps", "minutes", "threads", "checkpoint_minutes", "log_every", "test_scenes"}
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in free}))
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)

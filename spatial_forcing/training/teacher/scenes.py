@@ -7,12 +7,12 @@ killed run continues with what is missing and ends with the same data.
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor
 
-from spatial_forcing.errors import DataError, EnvironmentSetupError
-from spatial_forcing.training.teacher.cameras import Camera, corner_camera, orbit_camera, wrist_camera
+from spatial_forcing.errors import ConfigError, DataError
+from spatial_forcing.storage import disk_full_explained, replace_file, require_disk, write_json
+from spatial_forcing.training.teacher.cameras import Camera, corner_camera, moved_camera, orbit_camera
 from spatial_forcing.training.teacher.tasks import scene_file
 from spatial_forcing.training.teacher.world import TabletopWorld
 
@@ -32,6 +33,7 @@ DEPTH_MAX = 3.0
 """Depth is clipped here, when stored and in every metric (the sky would read about 100 m)."""
 SHARD = 32
 SCENES_PER_RESET = 8
+POLICY_CAMERAS = ("corner", "wrist")
 FORMAT = 1
 
 
@@ -46,6 +48,8 @@ class SceneSpec:
         size: pixels on a side.
         seed: of everything random.
         plain: no clutter and no repainting (for evaluation: the benchmark's own looks).
+        cameras: "random", or "policy": view 0 is the benchmark's corner camera, view 1 its wrist camera,
+            both exactly as policies use them (training never renders exactly these).
     """
 
     tasks: tuple[str, ...]
@@ -54,6 +58,16 @@ class SceneSpec:
     size: int = 128
     seed: int = 0
     plain: bool = False
+    cameras: Literal["random", "policy"] = "random"
+
+    def __post_init__(self) -> None:
+        if not self.tasks or self.count < 1 or self.views < 1:
+            raise ConfigError(
+                f"scenes need tasks, and a count and views of 1 or more; got {self.tasks}, "
+                f"{self.count}, {self.views}."
+            )
+        if self.cameras == "policy" and self.views != len(POLICY_CAMERAS):
+            raise ConfigError(f"policy cameras are {POLICY_CAMERAS}; set views=2 instead of {self.views}.")
 
     @property
     def shards(self) -> int:
@@ -100,7 +114,9 @@ def missing_shards(folder: Path, spec: SceneSpec) -> list[int]:
     if manifest.exists():
         there = json.loads(manifest.read_text())
         # More scenes of the same kind extend a folder; shards do not depend on their number.
-        different = sorted(k for k in wanted.keys() | there.keys() if k != "count" and wanted.get(k) != there.get(k))
+        different = sorted(
+            k for k in wanted.keys() | there.keys() if k != "count" and wanted.get(k) != there.get(k)
+        )
         if different:
             raise DataError(
                 f"{folder} holds scenes with other {', '.join(different)} than asked for "
@@ -124,15 +140,9 @@ def render_scenes(folder: Path, spec: SceneSpec) -> Iterator[int]:
     missing = missing_shards(folder, spec)
     if not missing:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     needed = spec.bytes * len(missing) // spec.shards
-    free = shutil.disk_usage(folder).free
-    if needed > 0.95 * free:
-        raise EnvironmentSetupError(
-            f"rendering needs {needed / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free; "
-            "free some space, ask for fewer scenes, or choose another folder."
-        )
-    _write_atomically(folder / "manifest.json", json.dumps(asdict(spec) | {"format": FORMAT}, indent=1).encode())
+    require_disk(folder, needed, f"rendering {len(missing) * SHARD} scenes", "ask for fewer scenes")
+    write_json(folder / "manifest.json", asdict(spec) | {"format": FORMAT})
     tasks = list({scene_file(task): task for task in spec.tasks}.values())
     worlds: dict[str, TabletopWorld] = {}
     try:
@@ -141,20 +151,12 @@ def render_scenes(folder: Path, spec: SceneSpec) -> Iterator[int]:
             if task not in worlds:
                 worlds[task] = TabletopWorld(task, spec.size)
             arrays = _render_shard(worlds[task], spec, shard)
-            target = shard_path(folder, shard)
-            beside = target.with_suffix(f".{os.getpid()}.tmp")
-            save_file(arrays, beside)
-            os.replace(beside, target)
+            with disk_full_explained(folder, "the scenes rendered so far are kept"):
+                replace_file(shard_path(folder, shard), functools.partial(save_file, arrays))
             yield shard
     finally:
         for world in worlds.values():
             world.close()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)
 
 
 def _render_shard(world: TabletopWorld, spec: SceneSpec, shard: int) -> dict[str, NDArray[np.generic]]:
@@ -170,7 +172,11 @@ def _render_shard(world: TabletopWorld, spec: SceneSpec, shard: int) -> dict[str
         world.advance(rng, plain=spec.plain)
         kinds = _camera_kinds(rng, v)
         for view in range(v):
-            camera, rgb, metres = _accepted_view(world, rng, kinds[view])
+            if spec.cameras == "policy":
+                camera = world.corner_camera() if POLICY_CAMERAS[view] == "corner" else world.wrist_camera()
+                rgb, metres = world.render(camera)
+            else:
+                camera, rgb, metres = _accepted_view(world, rng, kinds[view])
             images[scene, view] = rgb.transpose(2, 0, 1)
             depth[scene, view] = np.round(np.clip(metres, 0, DEPTH_MAX) / DEPTH_UNIT)
             intrinsics[scene, view] = camera.intrinsics(s)
@@ -179,7 +185,7 @@ def _render_shard(world: TabletopWorld, spec: SceneSpec, shard: int) -> dict[str
 
 
 def _camera_kinds(rng: np.random.Generator, views: int) -> list[str]:
-    """Half of the scenes: a policy's views (corner, wrist, others); the rest free cameras around the table."""
+    """Half of the scenes have a policy's views (corner, wrist, others), half free cameras around the table."""
     if rng.random() < 0.5:
         return ["orbit"] * views
     kinds = ["corner", "wrist", *rng.choice(["orbit", "corner", "wrist"], max(views - 2, 0))]
@@ -192,7 +198,7 @@ def _accepted_view(
     """A view that is not blocked by something right before the lens (the last try is taken anyway)."""
     for _ in range(tries):
         if kind == "wrist":
-            camera = wrist_camera(rng, *world.wrist_mount())
+            camera = moved_camera(rng, world.wrist_camera())
         else:
             camera = orbit_camera(rng) if kind == "orbit" else corner_camera(rng)
         rgb, depth = world.render(camera)
@@ -213,7 +219,9 @@ class SceneDataset:
         self.folder = folder
         self._shards = [load_file(path) for path in sorted(folder.glob("scenes-*.safetensors"))]
         if not self._shards:
-            raise DataError(f"no rendered scenes in {folder}; run `spatial-forcing teacher pretrain` to render.")
+            raise DataError(
+                f"no rendered scenes in {folder}; run `spatial-forcing teacher pretrain` to render."
+            )
 
     def __len__(self) -> int:
         return len(self._shards) * SHARD
@@ -221,6 +229,8 @@ class SceneDataset:
     def batch(self, indices: Tensor) -> SceneBatch:
         """Scenes with the given indices (B,)."""
         rows = [(self._shards[i // SHARD], i % SHARD) for i in indices.tolist()]
-        stacked = {k: torch.stack([shard[k][row] for shard, row in rows]) for k in ("images", "intrinsics", "poses")}
+        stacked = {
+            k: torch.stack([shard[k][row] for shard, row in rows]) for k in ("images", "intrinsics", "poses")
+        }
         depth = torch.stack([shard["depth"][row].to(torch.int32) for shard, row in rows]) * DEPTH_UNIT
         return SceneBatch(stacked["images"], depth, stacked["intrinsics"], stacked["poses"])

@@ -83,7 +83,9 @@ def check_held_out(tasks: Iterable[str]) -> None:
     """
     tasks = tuple(tasks)
     if not tasks:
-        raise ConfigError("no tasks were given to check against the teacher's pretraining set; name at least one.")
+        raise ConfigError(
+            "no tasks were given to check against the teacher's pretraining set; name at least one."
+        )
     known = (*TRAIN_TASKS, *VALIDATION_TASKS, *RESERVED_TASKS)
     for task in tasks:
         if task not in known:

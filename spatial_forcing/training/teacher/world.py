@@ -1,4 +1,4 @@
-"""A Meta-World scene without its task: random robot, objects, clutter, colours and lights, seen by any camera."""
+"""A Meta-World scene without its task: random robot, objects, clutter and looks, seen by any camera."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from spatial_forcing.envs.rendering import FastRenderer, extrinsics
 from spatial_forcing.training.teacher.cameras import Camera
 from spatial_forcing.training.teacher.tasks import scene_file
 
@@ -17,6 +18,8 @@ CLUTTER = 18
 TEXTURES = 10
 WORKSPACE_LOW = np.array([-0.35, 0.4, 0.0])
 WORKSPACE_HIGH = np.array([0.35, 0.95, 0.0])
+CORNER_CAMERA = "corner4"
+"""The usual corner view; it hangs upside down."""
 WRIST_CAMERA = "gripperPOV"
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0])
 
@@ -36,16 +39,14 @@ class TabletopWorld:
         spec = mujoco.MjSpec.from_file(str(scene_file(task)))
         _add_clutter(spec)
         self.model: Any = spec.compile()
-        self.model.vis.quality.offsamples = 0
         self.data: Any = mujoco.MjData(self.model)
-        self._renderer = _Renderer(self.model, size)
+        self._renderer = FastRenderer(self.model, size, size)
         m = self.model
         self._clutter = np.array([m.geom(f"clutter{i}").id for i in range(CLUTTER)])
         self._textures = np.array([m.texture(f"clutter{i}").id for i in range(TEXTURES)])
         self._materials = np.array([m.material(f"clutter{i}").id for i in range(TEXTURES)])
         self._hand = m.body("hand").id
         self._camera = m.camera("topview").id
-        self._wrist = m.camera(WRIST_CAMERA).id
         fixed = {"base", "tablelink", "RetainingWall", "mocap", "world"}
         self._objects = [
             i
@@ -54,7 +55,10 @@ class TabletopWorld:
         ]
         self._free = [m.jnt_qposadr[j] for j in range(m.njnt) if m.jnt_type[j] == mujoco.mjtJoint.mjJNT_FREE]
         self._hinges = [
-            j for j in range(m.njnt) if m.jnt_type[j] != mujoco.mjtJoint.mjJNT_FREE and m.jnt_limited[j]
+            j
+            for j in range(m.njnt)
+            if m.jnt_type[j] != mujoco.mjtJoint.mjJNT_FREE
+            and m.jnt_limited[j]
             and not m.joint(j).name.startswith(("right_j", "r_close", "l_close"))
         ]
         weld = m.eq_type == mujoco.mjtEq.mjEQ_WELD
@@ -109,19 +113,25 @@ class TabletopWorld:
             self._clutter_geoms(rng)
         mujoco.mj_camlight(self.model, self.data)
 
-    def wrist_mount(self) -> tuple[NDArray[np.float64], float]:
-        """Pose (4, 4) of the simulator's own wrist camera (OpenCV axes) and its fovy in degrees."""
-        pose = np.eye(4)
-        pose[:3, :3] = self.data.cam_xmat[self._wrist].reshape(3, 3) @ OPENGL_TO_OPENCV
-        pose[:3, 3] = self.data.cam_xpos[self._wrist]
-        return pose, float(self.model.cam_fovy[self._wrist])
+    def wrist_camera(self) -> Camera:
+        """The simulator's own wrist camera, as it is now."""
+        return self._fixed_camera(WRIST_CAMERA)
+
+    def corner_camera(self) -> Camera:
+        """The corner camera that policies of this benchmark use, turned upright."""
+        camera = self._fixed_camera(CORNER_CAMERA)
+        return Camera(camera.pose @ np.diag([-1.0, -1.0, 1.0, 1.0]), camera.fovy)
+
+    def _fixed_camera(self, name: str) -> Camera:
+        camera = self.model.camera(name).id
+        return Camera(extrinsics(self.data, name), float(self.model.cam_fovy[camera]))
 
     def render(self, camera: Camera) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """RGB (size, size, 3) uint8 and depth along the optical axis (size, size) in metres."""
         self.data.cam_xpos[self._camera] = camera.pose[:3, 3]
         self.data.cam_xmat[self._camera] = (camera.pose[:3, :3] @ OPENGL_TO_OPENCV).ravel()
         self.model.cam_fovy[self._camera] = camera.fovy
-        return self._renderer.render(self.data, self._camera)
+        return self._renderer.rgbd(self.data, self._camera)
 
     def _restore(self, names: Iterable[str]) -> None:
         for name in names:
@@ -230,47 +240,3 @@ def _add_clutter(spec: Any) -> None:
             conaffinity=0,
             rgba=[1, 1, 1, 0],
         )
-
-
-class _Renderer:
-    """Colour and depth from a single pass; `mujoco.Renderer` would draw the scene twice."""
-
-    def __init__(self, model: Any, size: int) -> None:
-        import mujoco
-
-        self._gl = mujoco.GLContext(size, size)
-        self._gl.make_current()
-        model.vis.global_.offwidth = model.vis.global_.offheight = size
-        self._model = model
-        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150.value)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
-        self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
-        self._scene = mujoco.MjvScene(model, maxgeom=1000)
-        self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self._options = mujoco.MjvOption()
-        self._camera = mujoco.MjvCamera()
-        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self._rect = mujoco.MjrRect(0, 0, size, size)
-        self._rgb = np.empty((size, size, 3), np.uint8)
-        self._depth = np.empty((size, size), np.float32)
-
-    def render(self, data: Any, camera: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        import mujoco
-
-        self._gl.make_current()
-        self._camera.fixedcamid = camera
-        mujoco.mjv_updateScene(
-            self._model, data, self._options, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene
-        )
-        mujoco.mjr_render(self._rect, self._scene, self._context)
-        mujoco.mjr_readPixels(self._rgb, self._depth, self._rect, self._context)
-        near = self._model.vis.map.znear * self._model.stat.extent
-        far = self._model.vis.map.zfar * self._model.stat.extent
-        # Reversed depth buffer: 1 at the near plane, 0 at the far plane, linear in 1 / z.
-        inverse = 1 / far + self._depth[::-1].astype(np.float64) * (1 / near - 1 / far)
-        return self._rgb[::-1].copy(), (1 / inverse).astype(np.float32)
-
-    def close(self) -> None:
-        self._context.free()
-        self._gl.free()

@@ -1,0 +1,97 @@
+"""Files that are never half there, disk estimates, locks, and the one progress bar of long file work."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from spatial_forcing.errors import EnvironmentSetupError
+
+SPARE_BYTES = 64 * 2**20
+"""Disk space that must stay free."""
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `path`, flush it to disk and rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(beside)
+        with beside.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` by `content` as JSON; what JSON does not know (paths) is written as text."""
+    text = json.dumps(content, indent=1, default=str) + "\n"
+    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def require_disk(folder: Path, needed: int, what: str, remedy: str = "use another disk") -> None:
+    """Check that `needed` bytes fit under `folder`, before any of them is written.
+
+    Raises:
+        EnvironmentSetupError: they do not, or less than `SPARE_BYTES` would stay free.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed and free < needed + SPARE_BYTES:
+        raise EnvironmentSetupError(
+            f"{what} needs {needed / 2**20:,.0f} MiB in {folder}, but {free / 2**20:,.0f} MiB are free "
+            f"({SPARE_BYTES // 2**20} MiB must stay free). Free some space, or {remedy}."
+        )
+
+
+@contextmanager
+def disk_full_explained(folder: Path, kept: str) -> Iterator[None]:
+    """Turn a full disk into an `EnvironmentSetupError` that says what is `kept`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise EnvironmentSetupError(
+            f"the disk of {folder} is full; {kept}. Free some space and run the same command again."
+        ) from error
+
+
+@contextmanager
+def exclusive(folder: Path, *, wait: bool, doing: str) -> Iterator[None]:
+    """One process at a time in `folder`; the kernel frees the lock when a process dies.
+
+    Raises:
+        EnvironmentSetupError: another process is `doing` it and `wait` is False.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            handle.seek(0)
+            raise EnvironmentSetupError(
+                f"process {handle.read().strip() or 'unknown'} is {doing} in {folder}; "
+                "wait for it, or use another folder."
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+def progress_bar(enabled: bool = True) -> Progress:
+    """Description, bar, count and time left, on the terminal's error stream."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not enabled)
