@@ -32,6 +32,7 @@ class TokenLayout:
 
     Attributes:
         index: (B, V, h, w) long: positions in the sequence the decoder blocks see; row-major in a view.
+            Grids of different sizes are padded at the right and the bottom with -1.
         valid: (B, V, h, w) bool: False where a token is padding or its view is absent.
     """
 

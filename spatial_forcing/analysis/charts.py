@@ -16,7 +16,7 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 420, 260
-LEFT, RIGHT, TOP, BOTTOM = 48, 14, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 12, 40
 MARK = 14
 """Height of one mark in an interval chart."""
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
@@ -73,15 +73,16 @@ def line_chart(
     ys = [v for s in series for v in (*s.y, *(s.low or ()), *(s.high or ()))]
     centre = [v for s in series for v in s.y]
     log = not percent and min(ys) > 0 and max(centre) > 12 * min(centre)
-    x_axis = _Axis.of(min(xs), max(xs), LEFT, WIDTH - RIGHT, log=False)
+    inset = 12 if whiskers else 0  # room for markers on the first and last step
+    x_axis = _Axis.of(min(xs), max(xs), LEFT + inset, WIDTH - RIGHT - inset, log=False)
     y_low, y_high = (0.0, 1.0) if percent else (min(ys), max(ys))
     y_axis = _Axis.of(y_low, y_high, HEIGHT - BOTTOM, TOP, log=log, padded=not percent)
-    parts = [_frame(x_axis, y_axis, x_label, y_label, percent)]
+    parts = [_frame(x_axis, y_axis, x_label, f"{y_label} (log scale)" if log else y_label, percent)]
     for s in series:
         px = [x_axis.at(v) + (3 * (s.arm - 0.5) if whiskers else 0) for v in s.x]
         parts.append(_line(s, px, y_axis, whiskers))
     data = {
-        "x": xs and sorted(set(xs)),
+        "x": sorted(set(xs)),
         "px": [round(x_axis.at(v), 1) for v in sorted(set(xs))],
         "series": [_tooltip_data(s, y_axis) for s in series],
         "percent": percent,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spatial_forcing.errors import ConfigError, DataError
+from spatial_forcing.storage import write_json
 from spatial_forcing.views import IMAGE_PREFIX
 
 VERSION = "v3.0"
@@ -236,14 +236,6 @@ def is_depth(feature: Feature) -> bool:
     """Whether an image feature is a depth map (both of LeRobot's spellings)."""
     info = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
     return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON beside `path` and rename, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2))
-    os.replace(beside, path)
 
 
 def _short(key: str) -> str:

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from spatial_forcing.data.episode import EncodedEpisode, EpisodeEncoder
-from spatial_forcing.data.info import INFO_FILE, DatasetInfo, write_json
-from spatial_forcing.data.store import progress_bar, require_disk
+from spatial_forcing.data.info import INFO_FILE, DatasetInfo
 from spatial_forcing.data.writer import DatasetWriter
 from spatial_forcing.envs.base import DEMONSTRATION_SEEDS, list_tasks, make_env
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
 from spatial_forcing.registry import unknown
+from spatial_forcing.storage import progress_bar, require_disk, write_json
 
 RECORDING_FILE = "meta/recording.json"
 """What was asked for, the seed of every episode and the number of failed attempts by task."""

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spatial_forcing.data.info import STATS_FILE, write_json
+from spatial_forcing.data.info import STATS_FILE
 from spatial_forcing.errors import DataError
+from spatial_forcing.storage import write_json
 
 Stats = dict[str, NDArray[Any]]
 

@@ -8,12 +8,9 @@ episode is decoded again.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import shutil
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -21,18 +18,15 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spatial_forcing.data.info import write_json
-from spatial_forcing.errors import DataError, EnvironmentSetupError
+from spatial_forcing.errors import DataError
+from spatial_forcing.storage import exclusive, progress_bar, require_disk, write_json
 
 if TYPE_CHECKING:
     from spatial_forcing.data.reader import Dataset
 
 FOLDER = ".decoded"
 FORMAT = 1
-SPARE_BYTES = 256 * 2**20
-"""Disk space that a build must leave free."""
 
 
 def stored_size(frame: tuple[int, int], size: int | None) -> tuple[int, int]:
@@ -47,25 +41,6 @@ def store_bytes(dataset: Dataset, cameras: Sequence[str], size: int | None = Non
     """Bytes that a complete store takes."""
     heights_widths = [stored_size(dataset.info.frame_size(camera), size) for camera in cameras]
     return len(dataset) * 3 * sum(height * width for height, width in heights_widths)
-
-
-def require_disk(folder: Path, needed: int, what: str) -> None:
-    """Raise `EnvironmentSetupError` unless `needed` bytes (and a little more) are free under `folder`."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed + SPARE_BYTES:
-        raise EnvironmentSetupError(
-            f"{what} needs {needed / 2**20:,.0f} MiB in {folder}, but {free / 2**20:,.0f} MiB are free "
-            f"({SPARE_BYTES // 2**20} MiB must stay free). Free some space or use another disk."
-        )
-
-
-def progress_bar(enabled: bool) -> Progress:
-    """The progress bar of the data tools, on the terminal's error stream."""
-    from rich.console import Console
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not enabled)
 
 
 @dataclass
@@ -134,7 +109,7 @@ class DecodedStore:
             shape = (len(dataset), *stored_size(dataset.info.frame_size(camera), size), 3)
             name = f"{camera}-{shape[1]}x{shape[2]}"
             files[camera] = _CameraFile(folder / f"{name}.u8", folder / f"{name}.json", shape)
-        with _exclusive(folder):
+        with exclusive(folder, wait=True, doing="decoding"):
             plans = {camera: _missing(dataset, camera, file) for camera, file in files.items()}
             frames = {c: sum(dataset.episodes[e].length for e in plan) for c, plan in plans.items()}
             needed = sum(frames[c] * int(np.prod(file.shape[1:])) for c, file in files.items())
@@ -240,15 +215,3 @@ def _sources(dataset: Dataset, camera: str) -> list[list[Any]]:
     files = dataset.source_files([camera])
     stats = [(path.relative_to(dataset.root).as_posix(), path.stat()) for path in files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """One builder at a time; the kernel frees the lock when a process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from spatial_forcing.data.info import TASKS_FILE, DatasetInfo, Feature
 from spatial_forcing.errors import DataError
+from spatial_forcing.storage import replace_file
 
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -34,10 +34,7 @@ def frame_table(info: DatasetInfo, columns: Mapping[str, Any]) -> pa.Table:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write one parquet file beside `path` and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    pq.write_table(table, beside, compression="snappy")
-    os.replace(beside, path)
+    replace_file(path, lambda beside: pq.write_table(table, beside, compression="snappy"))
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -27,7 +27,6 @@ from spatial_forcing.data.info import (
     VIDEO_FILE,
     DatasetInfo,
     make_features,
-    write_json,
 )
 from spatial_forcing.data.stats import NAMES, Stats, combine_stats, save_stats, vector_stats
 from spatial_forcing.data.tables import (
@@ -41,6 +40,7 @@ from spatial_forcing.data.tables import (
 )
 from spatial_forcing.data.video import join_videos
 from spatial_forcing.errors import DataError
+from spatial_forcing.storage import write_json
 
 STAGING = ".recording"
 MEGABYTE = 2**20

@@ -271,6 +271,8 @@ def _start_episode(sim: Any, seed: int) -> NDArray[np.float64]:
         # Free markers; the others move with their object. Meta-World's own placing is lost at the next step.
         if site.bodyid[0] == 0:
             site.pos = position
+            # A site compiled at its body's origin is taken to stay there: MuJoCo ignores its position.
+            sim.model.site_sameframe[site.id] = mujoco.mjtSameFrame.mjSAMEFRAME_NONE
     # Some tasks place objects after the last forward pass, so that their own first observation is stale.
     mujoco.mj_forward(sim.model, sim.data)
     sim._prev_obs = sim._get_curr_obs_combined_no_goal()

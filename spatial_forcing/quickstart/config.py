@@ -52,6 +52,7 @@ class QuickstartConfig:
         evaluations: checkpoints that are evaluated, evenly spaced, the last one included.
         episodes: evaluation episodes of each task at the last checkpoint; half as many at earlier ones.
         horizon: steps after which an evaluation episode has failed.
+        image_size: pixels on a side that the cameras render; the nano student's own, so nothing is resized.
         probe_demos: episodes of each task with depth, for the depth probe.
         seed: of initial weights and batches, the same in every arm.
         workers: simulator processes, and arms trained side by side.
@@ -64,12 +65,13 @@ class QuickstartConfig:
     evaluations: int = 2
     episodes: int = 20
     horizon: int = 200
+    image_size: int = 96
     probe_demos: int = 3
     seed: int = 0
     workers: int = os.cpu_count() or 1
 
     def __post_init__(self) -> None:
-        for name in ("demos", "steps", "evaluations", "episodes", "horizon", "probe_demos", "workers"):
+        for name in ("demos", "steps", "evaluations", "episodes", "horizon", "image_size", "probe_demos", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"quickstart.{name} is {getattr(self, name)}; expected at least 1.")
         if self.steps % self.evaluations:

@@ -103,7 +103,7 @@ class Quickstart:
     console: Console
 
     def record_demonstrations(self) -> Path:
-        """Expert demonstrations: two cameras, 128 px."""
+        """Expert demonstrations from two cameras."""
         wanted = {"tasks": self.config.tasks, "episodes_per_task": self.config.demos}
         return self._record("demonstrations", wanted)
 
@@ -118,13 +118,15 @@ class Quickstart:
         return self._record("probe-scenes", wanted)
 
     def _record(self, name: str, wanted: Mapping[str, Any]) -> Path:
+        inputs = {**wanted, "image_size": self.config.image_size}
+
         def work(output: Path) -> dict[str, Any]:
-            root = record(RecordConfig(root=output, workers=self.config.workers, **wanted))
+            root = record(RecordConfig(root=output, workers=self.config.workers, **inputs))
             dataset = Dataset.open(root)
             self.console.print(f"   {len(dataset.episodes)} episodes, {len(dataset)} frames of two cameras")
             return {"root": str(root)}
 
-        return Path(self.stages.run(name, wanted, work)["root"])
+        return Path(self.stages.run(name, inputs, work)["root"])
 
     def cache_features(self, demos: Path) -> Path:
         """Encode every frame once with the teacher."""
@@ -184,13 +186,15 @@ class Quickstart:
             "arms": {name: str(arm.output) for name, arm in arms.items()},
             "episodes": {step: c.episodes_at(step) for step in c.checkpoints},
             "horizon": c.horizon,
+            "image_size": c.image_size,
             "seed": c.first_evaluation_seed,
         }
 
         def work(output: Path) -> dict[str, Any]:
             cameras = next(iter(arms.values())).student.cameras
             file = output / "episodes.jsonl"
-            with WorkerPool(c.workers, make_env, {"cameras": cameras, "horizon": c.horizon}) as pool:
+            env = {"cameras": cameras, "horizon": c.horizon, "image_size": c.image_size}
+            with WorkerPool(c.workers, make_env, env) as pool:
                 for step in c.checkpoints:
                     for name, arm in arms.items():
                         evaluate(

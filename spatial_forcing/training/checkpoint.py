@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spatial_forcing.errors import CheckpointError, EnvironmentSetupError
+from spatial_forcing.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST, STATE, OPTIMIZER, PROJECTOR = "manifest.json", "state.json", "optimizer.pt", "projector.safetensors"
@@ -213,16 +213,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def check_disk(root: Path, size: int) -> None:
-    """Raise `EnvironmentSetupError` when `size` bytes do not fit beside `root`."""
-    free = shutil.disk_usage(root).free
-    if size > free:
-        raise EnvironmentSetupError(
-            f"the checkpoints need {size / 1e9:.2f} GB and {root} has {free / 1e9:.2f} GB free; "
-            "free some space, lower `keep`, or choose another output."
-        )
 
 
 def _files(folder: Path) -> Iterator[Path]:

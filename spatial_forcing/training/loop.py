@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from spatial_forcing.errors import CheckpointError, ConfigError, EnvironmentSetupError
 from spatial_forcing.forcing import SpatialForcing
 from spatial_forcing.protocols import Batch
+from spatial_forcing.storage import require_disk
 from spatial_forcing.training import checkpoint as files
 from spatial_forcing.training.checkpoint import Checkpoint, TrainState
 from spatial_forcing.training.config import TrainConfig
@@ -277,7 +278,9 @@ class Trainer:
             for fault in faults:
                 self.accelerator.print(fault)
             files.set_aside_newer(self.root, found.step if found else -1)
-            files.check_disk(self.root, self._checkpoint_bytes())
+            require_disk(
+                self.root, self._checkpoint_bytes(), "saving checkpoints", "lower `keep` or change `output`"
+            )
         if found is None:
             return None
         state = files.read_state(found.folder)

@@ -123,20 +123,22 @@ def make_batches(config: TrainConfig, student: nn.Module, dataset: Dataset) -> B
             f"choose a multiple of {parts}."
         )
     shape: Any = student.config
-    size = (shape.image_size, shape.image_size)
+    sizes = {dataset.info.frame_size(camera) for camera in shape.cameras}
+    # Square frames of one size need no letterbox: the student resizes them itself, just as when it acts.
+    framed_alike = len(sizes) == 1 and all(height == width for height, width in sizes)
+    untouched = framed_alike and config.augment is None
     # Cached features belong to the stored frames; a live teacher sees what the student sees.
     cached = config.forces and config.cache is not None
-    framed_alike = all(dataset.info.frame_size(camera) == size for camera in shape.cameras)
     return BatchLoader(
         dataset,
         cameras=shape.cameras,
         chunk=shape.chunk,
         batch_size=config.batch_size // config.gradient_accumulation,
         seed=config.seed,
-        image_size=shape.image_size,
+        image_size=None if untouched else shape.image_size,
         episodes=select_episodes(dataset, config),
         augment=config.augment,
-        keep_frames=cached and (config.augment is not None or not framed_alike),
+        keep_frames=cached and not untouched,
         rank=process.process_index,
         world_size=process.num_processes,
     )

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from spatial_forcing.data.info import write_json
 from spatial_forcing.errors import ConfigError
+from spatial_forcing.storage import write_json
 from spatial_forcing.training.config import TrainConfig, changed_settings
 
 PACKAGES = (

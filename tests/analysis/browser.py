@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,10 @@ class Visit:
     requests: list[str]
 
 
-def visit(page: Path, *, width: int = 1280, height: int = 900, dark: bool = False, shot: Path | None = None):
+def visit(
+    page: Path, *, width: int = 1280, height: int = 900, dark: bool = False, shot: Path | None = None
+) -> Visit:
+    """Open the page; with `shot` make a screenshot instead of reading the DOM."""
     with tempfile.TemporaryDirectory() as profile:
         log = Path(profile) / "net.json"
         command = [chromium(), *FLAGS, f"--user-data-dir={profile}", f"--log-net-log={log}"]
@@ -80,12 +84,19 @@ def page_requests(log: Path) -> list[str]:
     return sorted({p["url"] for p in asked if "url" in p and p.get("initiator", NOBODY) != NOBODY})
 
 
-def inspect(page: Path, script: str, **where) -> tuple[dict, Visit]:
-    """Run `script` in a copy of the page; the object it returns, and the visit."""
+def inspect(page: Path, script: str, *, width: int = 1280, dark: bool = False) -> tuple[dict, Visit]:
+    """Run `script` in a copy of the page, `width` pixels wide; the object it returns, and the visit.
+
+    Chromium's windows have a least width, so the page is put into a frame.
+    """
     copy = page.with_name(page.stem + "-inspected.html")
-    code = f"<script>document.body.dataset.found = JSON.stringify((() => {{ {script} }})());</script>"
+    code = f"<script>parent.postMessage(JSON.stringify((() => {{ {script} }})()), '*');</script>"
     copy.write_text(page.read_text(encoding="utf-8").replace("</body>", code + "</body>"), encoding="utf-8")
-    seen = visit(copy, **where)
+    outer = page.with_name("frame.html")
+    listen = "addEventListener('message', (e) => { document.body.dataset.found = e.data; });"
+    frame = f'<iframe src="{copy.name}" style="width:{width}px;height:900px;border:0"></iframe>'
+    outer.write_text(f"<body><script>{listen}</script>{frame}</body>", encoding="utf-8")
+    seen = visit(outer, width=max(width, 500) + 50, dark=dark)
     found = re.search(r'data-found="([^"]*)"', seen.dom)
     assert found, seen.console
-    return json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&")), seen
+    return json.loads(unescape(found[1])), seen

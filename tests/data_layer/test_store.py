@@ -3,7 +3,8 @@ import shutil
 import numpy as np
 import pytest
 
-from spatial_forcing.data import Dataset, DatasetWriter, store
+from spatial_forcing import storage
+from spatial_forcing.data import Dataset, DatasetWriter
 from spatial_forcing.data.store import DecodedStore, store_bytes, verify_store
 from spatial_forcing.errors import DataError, EnvironmentSetupError
 
@@ -104,7 +105,7 @@ def test_damage_is_found_and_truncation_repaired(dataset):
 
 def test_too_little_disk_is_said_before_anything_is_written(dataset, monkeypatch):
     usage = shutil.disk_usage(dataset.root)._replace(free=10 * 2**20)
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(EnvironmentSetupError, match="10 MiB are free"):
         dataset.store(progress=False)
     assert not list((dataset.root / ".decoded").glob("*.u8"))

@@ -67,14 +67,13 @@ def test_a_policy_that_misses_the_goal_fails(pool):
 def test_a_module_is_evaluated_in_eval_mode_and_put_back(pool):
     class Student(FakeStudent):
         def act(self, observations, generator=None):
-            modes.append(self.training)
+            modes.append((self.training, len(observations)))
             return super().act(observations, generator)
 
     modes = []
     student = Student(state_dim=1, action_dim=1, chunk=4).train()
     run(student, pool, tasks=("hard",), episodes=2)
-    assert modes
-    assert not any(modes)
+    assert set(modes) == {(False, 1)}  # on the CPU single calls: exact whatever the number of workers
     assert student.training
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from spatial_forcing import storage
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
 from spatial_forcing.protocols import Teacher
-from spatial_forcing import storage
 from spatial_forcing.teachers import cache_build
 from spatial_forcing.teachers.cache import (
     CachedTeacher,

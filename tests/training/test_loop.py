@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from spatial_forcing import storage
 from spatial_forcing.errors import ConfigError, EnvironmentSetupError
 from spatial_forcing.training import DivergedError, OptimConfig, lr_factor, train
 from spatial_forcing.training import checkpoint as files
@@ -192,9 +193,9 @@ def test_a_full_disk_is_reported_and_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     batches = FakeBatches()
-    with pytest.raises(EnvironmentSetupError, match="free some space"):
+    with pytest.raises(EnvironmentSetupError, match="Free some space"):
         run(tmp_path, batches=batches)
     assert batches.asked == []
 

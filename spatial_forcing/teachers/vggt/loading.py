@@ -7,7 +7,6 @@ into memory. A folder without a config, or a bare file, is taken for VGGT-1B.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spatial_forcing.errors import CheckpointError, ConfigError
+from spatial_forcing.storage import replace_file, write_json
 from spatial_forcing.teachers.vggt.config import VGGTConfig
 from spatial_forcing.teachers.vggt.keys import Shapes, check_keys, from_published, key_map, to_published
 from spatial_forcing.teachers.vggt.model import VGGT
@@ -78,8 +78,9 @@ def find_on_hub(repo_id: str) -> Source:
         config = _download(repo_id, CONFIG_FILE)
         weights = next((path for name in WEIGHT_FILES if (path := _download(repo_id, name))), None)
     except (OSError, ValueError) as error:  # every hub error derives from one of them
+        reason = str(error).rstrip(". ")
         raise CheckpointError(
-            f"cannot get {repo_id!r} from the Hugging Face hub: {str(error).rstrip('. ')}. Check the name and the connection, "
+            f"cannot get {repo_id!r} from the Hugging Face hub: {reason}. Check the name and the connection, "
             "accept the licence and run `hf auth login` if it is gated, or download it elsewhere and give "
             "the folder instead."
         ) from error
@@ -177,13 +178,8 @@ def save_vggt(model: VGGT, folder: str | Path, *, licence: str, dtype: torch.dty
                 f"cannot save a VGGT without its {head} head under a config with enable_{head}=True."
             )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {
         key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in to_published(model).items()
     }
-    part = folder / f"{WEIGHT_FILES[0]}.part"
-    save_file(weights, part, metadata={"format": "pt"})
-    os.replace(part, folder / WEIGHT_FILES[0])
-    part = folder / f"{CONFIG_FILE}.part"
-    part.write_text(json.dumps({**model.config.to_dict(), LICENCE_KEY: licence}, indent=2) + "\n")
-    os.replace(part, folder / CONFIG_FILE)
+    replace_file(folder / WEIGHT_FILES[0], lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    write_json(folder / CONFIG_FILE, {**model.config.to_dict(), LICENCE_KEY: licence})

@@ -36,7 +36,7 @@ def rotation_about(axis: Array, angle: float) -> Array:
 
 
 def look_at(position: Array, target: Array, roll: float = 0.0) -> Array:
-    """(4, 4) pose of a camera at `position` (3,) with `target` (3,) in its centre, turned by `roll` radians."""
+    """(4, 4) pose of a camera at `position` (3,) with `target` (3,) in its centre; `roll` in radians."""
     forward = (target - position) / np.linalg.norm(target - position)
     right = np.cross(forward, [0.0, 0.0, 1.0])
     right /= max(float(np.linalg.norm(right)), 1e-6)

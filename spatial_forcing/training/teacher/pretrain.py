@@ -277,8 +277,8 @@ class PretrainRun:
         loss, parts = teacher_loss(output, make_targets(batch, tuple(output["depth"].shape[2:4])))
         if not bool(torch.isfinite(loss)):
             raise DataError(
-                f"the loss is {float(loss)} at step {self.step} (scenes {indices.tolist()} of {scenes.folder});"
-                " lower learning_rate and run again: it continues from the last checkpoint."
+                f"the loss is {float(loss)} at step {self.step} (scenes {indices.tolist()} of {scenes.folder}"
+                "); lower learning_rate and run again: it continues from the last checkpoint."
             )
         self.optimizer.zero_grad()
         loss.backward()

@@ -185,7 +185,7 @@ def _render_shard(world: TabletopWorld, spec: SceneSpec, shard: int) -> dict[str
 
 
 def _camera_kinds(rng: np.random.Generator, views: int) -> list[str]:
-    """Half of the scenes have a policy's views (corner, wrist, others), half free cameras around the table."""
+    """Half of the scenes have a policy's views (corner, wrist, others), half have free cameras."""
     if rng.random() < 0.5:
         return ["orbit"] * views
     kinds = ["corner", "wrist", *rng.choice(["orbit", "corner", "wrist"], max(views - 2, 0))]
