@@ -12,7 +12,7 @@ class Block(nn.Module):
     Shapes: B batch, N tokens, D width.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int = 4, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: int = 2, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
         self.input_layernorm = nn.LayerNorm(width)

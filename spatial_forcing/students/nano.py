@@ -42,7 +42,7 @@ class NanoConfig:
         cameras: ordered camera names; the sequence and the teacher's views follow this order.
         image_size: pixels on a side; images of another size are resized (squashed if not square).
         patch_size: pixels on a side of one visual token.
-        width, depth, heads: of the decoder.
+        width, depth, heads: of the decoder; `mlp_ratio` is its MLPs' hidden width over the width.
         state_dim, action_dim, chunk: sizes of the dataset's state and action, and actions a prediction.
         head: "l1" (regression) or "flow" (flow matching, `flow_steps` Euler steps).
         vocab, max_text: hashed word ids and words an instruction may have.
@@ -57,6 +57,7 @@ class NanoConfig:
     width: int = 128
     depth: int = 4
     heads: int = 4
+    mlp_ratio: int = 2
     state_dim: int = 4
     action_dim: int = 4
     chunk: int = 8
@@ -73,7 +74,7 @@ class NanoConfig:
         object.__setattr__(self, "cameras", tuple(self.cameras))
         if not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise ConfigError(f"cameras is {self.cameras}; expected one or more distinct names.")
-        for name in ("patch_size", "width", "depth", "heads", "state_dim", "action_dim", "chunk", "max_text"):
+        for name in ("patch_size", "width", "depth", "heads", "mlp_ratio", "state_dim", "action_dim", "chunk", "max_text"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if self.image_size < self.patch_size or self.image_size % self.patch_size:
@@ -110,7 +111,7 @@ class NanoVLA(nn.Module):
             )
             self.action_query = nn.Parameter(torch.empty(config.chunk, width))
             self.layers = nn.ModuleList(
-                Block(width, config.heads, dropout=config.dropout) for _ in range(config.depth)
+                Block(width, config.heads, config.mlp_ratio, config.dropout) for _ in range(config.depth)
             )
             self.norm = nn.LayerNorm(width)
             self.head: L1Head | FlowHead = (

@@ -46,7 +46,7 @@ def nano_metaworld(dataset: Path, output: Path) -> TrainConfig:
     return TrainConfig(
         dataset=dataset,
         output=output,
-        student=NanoConfig(cameras=("corner2", "gripperPOV"), image_size=96, chunk=8),
+        student=NanoConfig(cameras=("corner2", "gripperPOV"), image_size=96, chunk=8, max_text=12),
         forcing=ForcingConfig(alpha=0.5, pairs=((2, -1),)),
         teacher="vggt-nano",
         steps=1000,

@@ -68,9 +68,11 @@ def corner_camera(rng: np.random.Generator, spread: float = 0.1) -> Camera:
     return Camera(look_at(position, target, rng.normal(0, np.deg2rad(2))), 60 + rng.normal(0, 4))
 
 
-def moved_camera(rng: np.random.Generator, camera: Camera) -> Camera:
-    """`camera` moved by about 1 cm and 3 degrees (a wrist camera's mount is never exact)."""
+def moved_camera(
+    rng: np.random.Generator, camera: Camera, *, metres: float = 0.01, degrees: float = 3.0
+) -> Camera:
+    """`camera` moved and turned at random (standard deviations on each axis); its fovy changes by about 3."""
     pose = camera.pose.copy()
-    pose[:3, 3] += rng.normal(0, 0.01, 3)
-    pose[:3, :3] = pose[:3, :3] @ rotation_about(rng.normal(0, 1, 3), rng.normal(0, np.deg2rad(3)))
+    pose[:3, 3] += rng.normal(0, metres, 3)
+    pose[:3, :3] = pose[:3, :3] @ rotation_about(rng.normal(0, 1, 3), rng.normal(0, np.deg2rad(degrees)))
     return Camera(pose, camera.fovy + rng.normal(0, 3))

@@ -11,6 +11,7 @@ import functools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal
 
@@ -48,8 +49,9 @@ class SceneSpec:
         size: pixels on a side.
         seed: of everything random.
         plain: no clutter and no repainting (for evaluation: the benchmark's own looks).
-        cameras: "random", or "policy": view 0 is the benchmark's corner camera, view 1 its wrist camera,
-            both exactly as policies use them (training never renders exactly these).
+        cameras: "policy": view 0 is the benchmark's corner camera, view 1 its wrist camera, exactly as
+            policies use them (for evaluation: training never renders exactly these); "near-policy": the
+            same two in turn, each moved and turned at random; "random": anywhere.
     """
 
     tasks: tuple[str, ...]
@@ -58,7 +60,7 @@ class SceneSpec:
     size: int = 128
     seed: int = 0
     plain: bool = False
-    cameras: Literal["random", "policy"] = "random"
+    cameras: Literal["random", "near-policy", "policy"] = "random"
 
     def __post_init__(self) -> None:
         if not self.tasks or self.count < 1 or self.views < 1:
@@ -170,13 +172,9 @@ def _render_shard(world: TabletopWorld, spec: SceneSpec, shard: int) -> dict[str
         if scene % SCENES_PER_RESET == 0:
             world.reset(rng)
         world.advance(rng, plain=spec.plain)
-        kinds = _camera_kinds(rng, v)
+        kinds = _camera_kinds(rng, spec)
         for view in range(v):
-            if spec.cameras == "policy":
-                camera = world.corner_camera() if POLICY_CAMERAS[view] == "corner" else world.wrist_camera()
-                rgb, metres = world.render(camera)
-            else:
-                camera, rgb, metres = _accepted_view(world, rng, kinds[view])
+            camera, rgb, metres = _accepted_view(world, rng, kinds[view])
             images[scene, view] = rgb.transpose(2, 0, 1)
             depth[scene, view] = np.round(np.clip(metres, 0, DEPTH_MAX) / DEPTH_UNIT)
             intrinsics[scene, view] = camera.intrinsics(s)
@@ -184,12 +182,31 @@ def _render_shard(world: TabletopWorld, spec: SceneSpec, shard: int) -> dict[str
     return {"images": images, "depth": depth, "intrinsics": intrinsics, "poses": poses}
 
 
-def _camera_kinds(rng: np.random.Generator, views: int) -> list[str]:
-    """Half of the scenes have a policy's views (corner, wrist, others), half have free cameras."""
+def _camera_kinds(rng: np.random.Generator, spec: SceneSpec) -> list[str]:
+    """For each view what `_camera` makes. Of the random scenes, half have free cameras alone."""
+    if spec.cameras != "random":
+        exact = spec.cameras == "policy"
+        return [name if exact else f"near-{name}" for name in islice(cycle(POLICY_CAMERAS), spec.views)]
     if rng.random() < 0.5:
-        return ["orbit"] * views
-    kinds = ["corner", "wrist", *rng.choice(["orbit", "corner", "wrist"], max(views - 2, 0))]
-    return kinds[:views]
+        return ["orbit"] * spec.views
+    more = rng.choice(["orbit", "random-corner", "near-wrist"], max(spec.views - 2, 0))
+    return ["random-corner", "near-wrist", *more][: spec.views]
+
+
+def _camera(world: TabletopWorld, rng: np.random.Generator, kind: str) -> Camera:
+    match kind:
+        case "corner":
+            return world.corner_camera()
+        case "wrist":
+            return world.wrist_camera()
+        case "near-corner":
+            return moved_camera(rng, world.corner_camera(), metres=0.04, degrees=3)
+        case "near-wrist":
+            return moved_camera(rng, world.wrist_camera())
+        case "random-corner":
+            return corner_camera(rng)
+        case _:
+            return orbit_camera(rng)
 
 
 def _accepted_view(
@@ -197,13 +214,10 @@ def _accepted_view(
 ) -> tuple[Camera, NDArray[np.uint8], NDArray[np.float32]]:
     """A view that is not blocked by something right before the lens (the last try is taken anyway)."""
     for _ in range(tries):
-        if kind == "wrist":
-            camera = moved_camera(rng, world.wrist_camera())
-        else:
-            camera = orbit_camera(rng) if kind == "orbit" else corner_camera(rng)
+        camera = _camera(world, rng, kind)
         rgb, depth = world.render(camera)
-        near = 0.06 if kind == "wrist" else 0.2
-        if float((depth < near).mean()) < 0.2:
+        near = 0.06 if kind == "near-wrist" else 0.2
+        if kind in POLICY_CAMERAS or float((depth < near).mean()) < 0.2:
             break
     return camera, rgb, depth
 

@@ -1,0 +1,1 @@
+"""Speed and memory, measured; figures are in BENCHMARKS.md."""
