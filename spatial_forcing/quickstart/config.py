@@ -61,7 +61,7 @@ class QuickstartConfig:
     output: Path = Path("quickstart")
     tasks: tuple[str, ...] = QUICKSTART_TASKS
     demos: int = 20
-    steps: int = 1000
+    steps: int = 600
     evaluations: int = 2
     episodes: int = 20
     horizon: int = 200

@@ -49,7 +49,7 @@ def nano_metaworld(dataset: Path, output: Path) -> TrainConfig:
         student=NanoConfig(cameras=("corner2", "gripperPOV"), image_size=96, chunk=8, max_text=12),
         forcing=ForcingConfig(alpha=0.5, pairs=((2, -1),)),
         teacher="vggt-nano",
-        steps=1000,
+        steps=600,
         batch_size=32,
         optim=OptimConfig(lr=1e-3, warmup_steps=50, decay="cosine"),
     )

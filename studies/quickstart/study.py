@@ -66,8 +66,8 @@ class Run:
     work: Path
     arms: tuple[str, ...] = ("alpha0", "sf")
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 1000
-    checkpoints: tuple[int, ...] = (500, 1000)
+    steps: int = 600
+    checkpoints: tuple[int, ...] = (300, 600)
     episodes: int = 20
     workers: int = 2
 
