@@ -65,14 +65,12 @@ def _relative(extrinsics: Tensor) -> Tensor:
     return torch.cat([turned, shift[:, 1:] - turned @ shift[:, :1]], dim=-1)
 
 
-def metrics_table(metrics: Mapping[str, float]) -> Table:
+def metrics_table(metrics: Mapping[str, float], title: str = "held-out tasks") -> Table:
     """The metrics as a table for the terminal."""
-    table = Table(
-        title=f"{metrics['images']:.0f} images, {metrics['pairs']:.0f} view pairs of held-out tasks"
-    )
+    table = Table(title=f"{title}: {metrics['images']:.0f} images, {metrics['pairs']:.0f} view pairs")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    for name, title in ROWS.items():
+    for name, label in ROWS.items():
         if name in metrics:
-            table.add_row(title, f"{metrics[name]:.3f}")
+            table.add_row(label, f"{metrics[name]:.3f}")
     return table

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from spatial_forcing.errors import CheckpointError, ConfigError, DataError
 from spatial_forcing.storage import disk_full_explained, progress_bar, replace_file, write_json
 from spatial_forcing.teachers.vggt.config import CameraHeadConfig, DPTConfig, VGGTConfig
-from spatial_forcing.teachers.vggt.loading import save_vggt
+from spatial_forcing.teachers.vggt.loading import find_local, load_vggt, save_vggt
 from spatial_forcing.teachers.vggt.model import VGGT
 from spatial_forcing.training.teacher.evaluate import evaluate_teacher, metrics_table
 from spatial_forcing.training.teacher.losses import make_targets, teacher_loss
@@ -61,7 +61,10 @@ class PretrainConfig:
 
     Attributes:
         out: run folder (scenes, checkpoint, metrics, weights).
-        train_scenes: rendered training scenes of three views; about 0.25 MB each.
+        train_scenes: rendered training scenes of three views with cameras anywhere; about 0.25 MB each.
+        policy_scenes: more of them, with cameras near those that policies use.
+        policy_share: share of the batches that come from those.
+        init_from: weights to start from (a folder that an earlier run wrote), or None.
         test_scenes: rendered scenes of the reserved tasks.
         steps: optimizer steps.
         minutes: stop (with the learning rate decayed) after this much training time; None: no limit.
@@ -78,6 +81,9 @@ class PretrainConfig:
 
     out: Path = Path("runs/vggt-nano")
     train_scenes: int = 16000
+    policy_scenes: int = 9600
+    policy_share: float = 0.0
+    init_from: Path | None = None
     test_scenes: int = 896
     steps: int = 9000
     minutes: float | None = 46.0
@@ -113,6 +119,8 @@ class PretrainConfig:
             )
         if self.minutes is not None and self.minutes <= 0:
             raise ConfigError(f"minutes is {self.minutes}; it must be positive, or left out.")
+        if not 0 <= self.policy_share <= 1:
+            raise ConfigError(f"policy_share is {self.policy_share}; it must lie in [0, 1].")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay is {self.ema_decay}; it must lie in [0, 1).")
 
@@ -120,6 +128,17 @@ class PretrainConfig:
     def train_spec(self) -> SceneSpec:
         """Training scenes: cluttered and repainted."""
         return SceneSpec(TRAIN_TASKS, self.train_scenes, size=self.model.img_size, seed=self.seed)
+
+    @property
+    def policy_spec(self) -> SceneSpec:
+        """Training scenes seen from near a policy's cameras."""
+        return replace(self.train_spec, count=self.policy_scenes, seed=self.seed + 10, cameras="near-policy")
+
+    @property
+    def policy_test_spec(self) -> SceneSpec:
+        """Test scenes seen by exactly a policy's two cameras."""
+        count = max(self.test_scenes // 2, 1)
+        return replace(self.test_spec, count=count, views=2, seed=self.seed + 12, cameras="policy")
 
     @property
     def test_spec(self) -> SceneSpec:
@@ -141,22 +160,31 @@ def pretrain(config: PretrainConfig) -> Path:
         EnvironmentSetupError: no disk space, no GL library, or no Meta-World.
     """
     console = Console()
+    folder = config.out / "scenes"
+    specs = {"train": config.train_spec, "test": config.test_spec, "policy_test": config.policy_test_spec}
+    if config.policy_share > 0:
+        specs["near"] = config.policy_spec
     with progress_bar() as progress:
-        render_with_progress(config.out / "scenes" / "train", config.train_spec, progress, "training scenes")
-        render_with_progress(config.out / "scenes" / "test", config.test_spec, progress, "test scenes")
+        for name, spec in specs.items():
+            render_with_progress(folder / name, spec, progress, f"{name} scenes")
         run = PretrainRun(config)
         task = progress.add_task("training", total=config.steps, completed=run.step)
-        for loss in run.train(SceneDataset(config.out / "scenes" / "train")):
+        near = SceneDataset(folder / "near") if config.policy_share > 0 else None
+        for loss in run.train(SceneDataset(folder / "train"), near):
             progress.update(task, completed=run.step, description=f"training (loss {loss:.3f})")
         progress.update(task, total=run.step)
-    metrics = evaluate_teacher(run.average, SceneDataset(config.out / "scenes" / "test"))
-    metrics |= {
+    metrics: dict[str, dict[str, float]] = {
+        "random cameras": evaluate_teacher(run.average, SceneDataset(folder / "test")),
+        "policy cameras": evaluate_teacher(run.average, SceneDataset(folder / "policy_test")),
+    }
+    facts = {
         "steps": run.step,
         "train_minutes": run.seconds / 60,
         "views_seen": run.step * config.views_per_step,
     }
-    write_json(config.out / "test_metrics.json", metrics)
-    console.print(metrics_table(metrics))
+    write_json(config.out / "test_metrics.json", {**metrics, "run": facts})
+    for title, values in metrics.items():
+        console.print(metrics_table(values, title))
     console.print(f"weights: {run.weights}\nmetrics: {config.out / 'test_metrics.json'}")
     return run.weights
 
@@ -190,6 +218,8 @@ class PretrainRun:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = VGGT(config.model)
+        if config.init_from is not None:
+            self._start_from(config.init_from)
         self.average = VGGT(config.model)
         self.average.load_state_dict(self.model.state_dict())
         self.average.requires_grad_(False).eval()
@@ -215,13 +245,18 @@ class PretrainRun:
             else max(by_steps, self.seconds / 60 / self.config.minutes)
         )
 
-    def train(self, scenes: SceneDataset) -> Iterator[float]:
-        """Train to the end; yields the loss every `log_every` steps. Saves as it goes and at the end."""
+    def train(self, scenes: SceneDataset, near: SceneDataset | None = None) -> Iterator[float]:
+        """Train to the end; yields the loss every `log_every` steps. Saves as it goes and at the end.
+
+        Args:
+            scenes: cameras anywhere.
+            near: cameras near a policy's, for `policy_share` of the batches.
+        """
         saved_at = self.seconds
         losses: dict[str, Tensor] = {}
         while not self.finished:
             started = time.monotonic()
-            parts = self._step(scenes)
+            parts = self._step(scenes, near)
             self.seconds += time.monotonic() - started
             losses |= {k: v if k not in losses else losses[k].lerp(v, 0.05) for k, v in parts.items()}
             if self.step % self.config.log_every == 0:
@@ -246,6 +281,15 @@ class PretrainRun:
             replace_file(self.out / "checkpoint.pt", functools.partial(torch.save, state))
         save_vggt(self.average, self.weights, licence=LICENCE, dtype=torch.float16)
 
+    def _start_from(self, folder: Path) -> None:
+        source = find_local(folder)
+        if source.config != self.config.model:
+            raise CheckpointError(
+                f"the weights in {folder} are of another architecture than the model to train; "
+                "set the model's sizes to those in its config.json, or train from scratch."
+            )
+        self.model.load_state_dict(load_vggt(source).state_dict())
+
     def _restore(self) -> None:
         path = self.out / "checkpoint.pt"
         if not path.exists():
@@ -263,9 +307,11 @@ class PretrainRun:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
 
-    def _step(self, scenes: SceneDataset) -> dict[str, Tensor]:
+    def _step(self, scenes: SceneDataset, near: SceneDataset | None) -> dict[str, Tensor]:
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        if near is not None and float(torch.rand((), generator=generator)) < config.policy_share:
+            scenes = near
         batch, indices = _draw(scenes, config.views_per_step, generator)
         warmup = min(1.0, (self.step + 1) / config.warmup_steps)
         for group in self.optimizer.param_groups:
@@ -277,8 +323,9 @@ class PretrainRun:
         loss, parts = teacher_loss(output, make_targets(batch, tuple(output["depth"].shape[2:4])))
         if not bool(torch.isfinite(loss)):
             raise DataError(
-                f"the loss is {float(loss)} at step {self.step} (scenes {indices.tolist()} of {scenes.folder}"
-                "); lower learning_rate and run again: it continues from the last checkpoint."
+                f"the loss is {float(loss.detach())} at step {self.step} "
+                f"(scenes {indices.tolist()} of {scenes.folder}); "
+                "lower learning_rate and run again: it continues from the last checkpoint."
             )
         self.optimizer.zero_grad()
         loss.backward()
@@ -328,5 +375,14 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 
 def _comparable(config: PretrainConfig) -> dict[str, Any]:
     """The settings that must not change when a run is resumed (how long it runs may)."""
-    free = {"out", "steps", "minutes", "threads", "checkpoint_minutes", "log_every", "test_scenes"}
-    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in free}))
+    free = {
+        "out",
+        "init_from",
+        "steps",
+        "minutes",
+        "threads",
+        "checkpoint_minutes",
+        "log_every",
+        "test_scenes",
+    }
+    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in free}, default=str))

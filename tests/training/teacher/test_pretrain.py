@@ -1,5 +1,6 @@
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ TINY = VGGTConfig(
     patch_embed="conv",
     init_values=1.0,
     camera=CameraHeadConfig(trunk_depth=1, num_heads=2, iterations=2),
-    dpt=DPTConfig(features=8, out_channels=(8, 8, 8, 8), layers=(0, 0, 1, 1), down_ratio=2, hidden_channels=8),
+    dpt=DPTConfig(
+        features=8, out_channels=(8, 8, 8, 8), layers=(0, 0, 1, 1), down_ratio=2, hidden_channels=8
+    ),
 )
 
 
@@ -48,7 +51,9 @@ class FakeScenes:
 
 
 def config(folder, **changes):
-    values = dict(out=folder, steps=12, minutes=None, views_per_step=6, warmup_steps=3, log_every=4, model=TINY)
+    values = dict(
+        out=folder, steps=12, minutes=None, views_per_step=6, warmup_steps=3, log_every=4, model=TINY
+    )
     return PretrainConfig(**values | changes)
 
 
@@ -105,6 +110,32 @@ def test_other_settings_do_not_overwrite_a_run(tmp_path):
     assert PretrainRun(config(tmp_path, steps=20)).step == 12
 
 
+def test_a_second_run_starts_from_the_first_ones_weights(tmp_path):
+    first = PretrainRun(config(tmp_path / "first"))
+    finish(first)
+    second = PretrainRun(config(tmp_path / "second", init_from=first.weights))
+    for name, tensor in first.average.state_dict().items():
+        assert torch.equal(tensor.half().float(), second.model.state_dict()[name]), name
+    assert second.step == 0
+    other = replace(TINY, embed_dim=32)
+    with pytest.raises(CheckpointError, match="architecture"):
+        PretrainRun(config(tmp_path / "third", init_from=first.weights, model=other))
+
+
+def test_batches_near_policy_cameras_come_at_their_share(tmp_path):
+    class Counting(FakeScenes):
+        drawn = 0
+
+        def batch(self, indices):
+            self.drawn += 1
+            return super().batch(indices)
+
+    free, near = Counting(), Counting()
+    list(PretrainRun(config(tmp_path, policy_share=0.75)).train(free, near))
+    assert free.drawn + near.drawn == 12
+    assert free.drawn < near.drawn < 12
+
+
 def test_a_time_limit_ends_the_run_with_the_rate_decayed(tmp_path):
     run = PretrainRun(config(tmp_path, steps=10**6, minutes=0.02, warmup_steps=1))
     finish(run)
@@ -130,7 +161,15 @@ def test_starting_a_run_does_not_shift_the_random_stream(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"views_per_step": 2}, {"minutes": 0.0}, {"ema_decay": 1.0}, {"learning_rate": -1.0}]
+    "change",
+    [
+        {"steps": 0},
+        {"views_per_step": 2},
+        {"minutes": 0.0},
+        {"ema_decay": 1.0},
+        {"policy_share": 1.5},
+        {"learning_rate": -1.0},
+    ],
 )
 def test_bad_settings_are_refused(tmp_path, change):
     with pytest.raises(ConfigError):
@@ -142,12 +181,15 @@ def test_everything_from_rendering_to_metrics(tmp_path, monkeypatch, capsys):
     module = importlib.import_module(pretrain.__module__)  # the package exports the function by its name
     monkeypatch.setattr(module, "SHARD", 4)
     monkeypatch.setattr(module, "RESERVED_TASKS", ("drawer-open-v3",))
-    small = config(tmp_path, train_scenes=4, test_scenes=4, steps=2, log_every=1)
+    small = config(
+        tmp_path, train_scenes=4, policy_scenes=4, test_scenes=4, steps=2, log_every=1, policy_share=0.5
+    )
     weights = pretrain(small)
     assert (weights / "model.safetensors").exists()
     metrics = json.loads((tmp_path / "test_metrics.json").read_text())
-    assert metrics["images"] == 12
-    assert metrics["steps"] == 2
+    assert metrics["random cameras"]["images"] == 12
+    assert metrics["policy cameras"]["images"] == 8
+    assert metrics["run"]["steps"] == 2
     assert str(weights) in capsys.readouterr().out.replace("\n", "")
     assert pretrain(small) == weights  # everything is there: evaluates and says so again
     assert len(SceneDataset(tmp_path / "scenes" / "train")) == 4

@@ -54,7 +54,10 @@ def test_what_is_read_is_exact_geometry(rendered):
     assert 0 < float(batch.depth.min()) <= float(batch.depth.max()) <= DEPTH_MAX + 1e-6
     # Table, floor and walls are in every scene: points carried to the world lie on the table or above the floor.
     points = make_targets(batch, (32, 32)).points
-    world = points @ batch.poses[:, 0, :3, :3].transpose(1, 2)[:, None, None] + batch.poses[:, :1, None, None, :3, 3]
+    world = (
+        points @ batch.poses[:, 0, :3, :3].transpose(1, 2)[:, None, None]
+        + batch.poses[:, :1, None, None, :3, 3]
+    )
     heights = world[..., 2][make_targets(batch, (32, 32)).solid]
     assert float(heights.min()) > -0.95
     assert float((heights.abs() < 0.003).float().mean()) > 0.1
