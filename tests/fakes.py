@@ -60,7 +60,7 @@ class FakeStudent(nn.Module):
 
     def predict(self, images: Tensor, state: Tensor) -> Tensor:
         """(B, V, 3, H, W) and (B, D) -> (B, chunk, action_dim)."""
-        B, V = images.shape[:2]
+        B = len(images)
         patches = nn.functional.adaptive_avg_pool2d(images.flatten(0, 1), self.grid)
         tokens = patches.flatten(2).transpose(1, 2).reshape(B, -1, 3)
         hidden = torch.cat(

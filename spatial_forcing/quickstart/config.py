@@ -71,7 +71,8 @@ class QuickstartConfig:
     workers: int = os.cpu_count() or 1
 
     def __post_init__(self) -> None:
-        for name in ("demos", "steps", "evaluations", "episodes", "horizon", "image_size", "probe_demos", "workers"):
+        counts = ("demos", "steps", "evaluations", "episodes", "horizon", "image_size", "probe_demos")
+        for name in (*counts, "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"quickstart.{name} is {getattr(self, name)}; expected at least 1.")
         if self.steps % self.evaluations:

@@ -74,7 +74,8 @@ class NanoConfig:
         object.__setattr__(self, "cameras", tuple(self.cameras))
         if not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise ConfigError(f"cameras is {self.cameras}; expected one or more distinct names.")
-        for name in ("patch_size", "width", "depth", "heads", "mlp_ratio", "state_dim", "action_dim", "chunk", "max_text"):
+        sizes = ("patch_size", "width", "depth", "heads", "mlp_ratio", "state_dim", "action_dim", "chunk")
+        for name in (*sizes, "max_text"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if self.image_size < self.patch_size or self.image_size % self.patch_size:

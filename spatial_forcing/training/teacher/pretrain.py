@@ -6,6 +6,7 @@ only on (seed, step), so a resumed run sees what an uninterrupted one would have
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -220,9 +221,7 @@ class PretrainRun:
             self.model = VGGT(config.model)
         if config.init_from is not None:
             self._start_from(config.init_from)
-        self.average = VGGT(config.model)
-        self.average.load_state_dict(self.model.state_dict())
-        self.average.requires_grad_(False).eval()
+        self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, config.weight_decay), betas=(0.9, 0.98)
         )

@@ -51,10 +51,8 @@ class FakeScenes:
 
 
 def config(folder, **changes):
-    values = dict(
-        out=folder, steps=12, minutes=None, views_per_step=6, warmup_steps=3, log_every=4, model=TINY
-    )
-    return PretrainConfig(**values | changes)
+    short = {"steps": 12, "minutes": None, "views_per_step": 6, "warmup_steps": 3, "log_every": 4}
+    return PretrainConfig(**{"out": folder, "model": TINY} | short | changes)
 
 
 def finish(run):

@@ -52,7 +52,7 @@ def test_what_is_read_is_exact_geometry(rendered):
     assert batch.images.shape == (8, 2, 3, 32, 32)
     assert batch.images.dtype == torch.uint8
     assert 0 < float(batch.depth.min()) <= float(batch.depth.max()) <= DEPTH_MAX + 1e-6
-    # Table, floor and walls are in every scene: points carried to the world lie on the table or above the floor.
+    # Table and floor are in every scene: points carried to the world lie on the table and above the floor.
     points = make_targets(batch, (32, 32)).points
     world = (
         points @ batch.poses[:, 0, :3, :3].transpose(1, 2)[:, None, None]
