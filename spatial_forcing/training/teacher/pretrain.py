@@ -53,7 +53,7 @@ NANO = VGGTConfig(
         features=24, out_channels=(24, 32, 48, 48), layers=(0, 1, 2, 3), down_ratio=2, hidden_channels=16
     ),
 )
-"""The shipped teacher: 3 M parameters, two 128 px views in about 10 ms on one core."""
+"""The shipped teacher: 2.8 M parameters (1.7 M without heads); two views take 10 to 15 ms on a core."""
 
 
 @dataclass(frozen=True)
