@@ -6,10 +6,10 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from spatial_forcing.errors import ConfigError
+from spatial_forcing.storage import progress_bar
 from spatial_forcing.teachers import TEACHERS, load_teacher
 from spatial_forcing.teachers.vggt import VGGTTeacher
 from spatial_forcing.training.teacher.evaluate import evaluate_teacher, metrics_table
@@ -43,8 +43,9 @@ def evaluate(teacher: str = "vggt-nano", scenes: Path = Path("runs/teacher-test-
     loaded = load_teacher(teacher, heads=True)
     if not isinstance(loaded, VGGTTeacher):
         raise ConfigError(f"{teacher!r} is no VGGT: it has no depth and camera heads to evaluate.")
-    spec = PretrainConfig().test_spec
-    with Progress() as progress:
-        render_with_progress(scenes, spec, progress, "test scenes")
-    metrics = evaluate_teacher(loaded.model, SceneDataset(scenes))
-    Console().print(metrics_table(metrics))
+    recipe = PretrainConfig()
+    for title, spec in (("random", recipe.test_spec), ("policy", recipe.policy_test_spec)):
+        with progress_bar() as progress:
+            render_with_progress(scenes / title, spec, progress, f"scenes, {title} cameras")
+        metrics = evaluate_teacher(loaded.model, SceneDataset(scenes / title))
+        Console().print(metrics_table(metrics, f"{teacher}, {title} cameras"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,7 +115,7 @@ def evaluate(
     run = _Run(policy, specs, out=out, tags=tags, setup=setup, batch_size=batch_size)
     if specs:
         with _pool(workers, make, kwargs, len(specs)) as pool, _eval_mode(policy), _bar(progress) as bar:
-            run.play(pool, bar, already=len(finished), label=" ".join(str(v) for v in tags.values()))
+            run.play(pool, bar, finished.values(), label=" ".join(str(v) for v in tags.values()))
     finished |= run.results
     if not finished:
         raise _hopeless(run.errors)
@@ -150,7 +150,10 @@ class _Run:
         self.repeated: set[EpisodeSpec] = set()
         self.seconds = self.busy = 0.0
 
-    def play(self, pool: WorkerPool, bar: Progress, already: int, label: str) -> None:
+    def play(self, pool: WorkerPool, bar: Progress, finished: Iterable[EpisodeResult], label: str) -> None:
+        """Play what is queued; `finished` episodes of an earlier call are counted in the display."""
+        earlier = [r.success for r in finished]
+        already, earlier_won = len(earlier), sum(earlier)
         total = already + len(self.queue)
         line = bar.add_task(f"evaluate {label}", total=total, completed=already, won="")
         open_episodes = len(self.queue)
@@ -169,9 +172,9 @@ class _Run:
                     else:
                         open_episodes -= self._failed(spec, report)
                 self._answer(pool, asked)
-                won = sum(r.success for r in self.results.values())
-                done = len(self.results) + len(self.errors)
-                bar.update(line, completed=already + done, won=f"{won} of {len(self.results)} succeed")
+                won = earlier_won + sum(r.success for r in self.results.values())
+                done = already + len(self.results)
+                bar.update(line, completed=done + len(self.errors), won=f"{won} of {done} succeed")
         except BaseException:
             pool.abandon()
             raise

@@ -60,10 +60,10 @@ class QuickstartConfig:
 
     output: Path = Path("quickstart")
     tasks: tuple[str, ...] = QUICKSTART_TASKS
-    demos: int = 20
-    steps: int = 600
+    demos: int = 15
+    steps: int = 480
     evaluations: int = 2
-    episodes: int = 20
+    episodes: int = 16
     horizon: int = 200
     image_size: int = 96
     probe_demos: int = 3

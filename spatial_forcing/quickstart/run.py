@@ -6,9 +6,11 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from spatial_forcing.analysis.report import write_report
@@ -195,18 +197,21 @@ class Quickstart:
             file = output / "episodes.jsonl"
             env = {"cameras": cameras, "horizon": c.horizon, "image_size": c.image_size}
             with WorkerPool(c.workers, make_env, env) as pool:
-                for step in c.checkpoints:
-                    for name, arm in arms.items():
-                        evaluate(
-                            load_student(policy_at(arm, step)),
-                            c.tasks,
-                            episodes=c.episodes_at(step),
-                            seed=c.first_evaluation_seed,
-                            workers=pool,
-                            out=file,
-                            videos=1 if step == c.steps else 0,
-                            tags={"arm": name, "step": step},
-                        )
+                # The simulators need the cores; a second thread of the small policy would only take them.
+                threads = torch.get_num_threads()
+                torch.set_num_threads(1)
+                for step, (name, arm) in product(c.checkpoints, arms.items()):
+                    evaluate(
+                        load_student(policy_at(arm, step)),
+                        c.tasks,
+                        episodes=c.episodes_at(step),
+                        seed=c.first_evaluation_seed,
+                        workers=pool,
+                        out=file,
+                        videos=1 if step == c.steps else 0,
+                        tags={"arm": name, "step": step},
+                    )
+                torch.set_num_threads(threads)
             return {"file": str(file)}
 
         file = Path(self.stages.run("evaluation", inputs, work)["file"])

@@ -58,6 +58,7 @@ class Run:
         arms: names from ARMS.
         seeds: training seeds; initial weights and batches are the same in every arm of a seed.
         steps: optimizer steps.
+        demos: expert demonstrations of each task.
         checkpoints: evaluated steps.
         episodes: of each task at each checkpoint; the same ones in every arm and seed.
         workers: arms trained, and simulators, side by side.
@@ -67,6 +68,7 @@ class Run:
     arms: tuple[str, ...] = ("alpha0", "sf")
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 600
+    demos: int = 20
     checkpoints: tuple[int, ...] = (300, 600)
     episodes: int = 20
     workers: int = 2
@@ -75,7 +77,7 @@ class Run:
 def run(options: tyro.conf.OmitArgPrefixes[Run]) -> None:
     """Run what is not finished, then print the table."""
     console = Console()
-    config = QuickstartConfig(output=options.work, workers=options.workers)
+    config = QuickstartConfig(output=options.work, demos=options.demos, workers=options.workers)
     job = Quickstart(config, Stages(options.work, console), console)
     demos = job.record_demonstrations()
     cache = job.cache_features(demos) if any("alpha0" != a != "blind" for a in options.arms) else None
