@@ -1,6 +1,6 @@
 """Evaluation throughput against the simulator speed of its workers.
 
-python benchmarks/evaluation.py --workers 2 --repeats 3
+python -m benchmarks.evaluation --workers 2 --repeats 3
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Frames recorded a minute by one worker, encoding and writing included.
 
-python benchmarks/recording.py --repeats 3
+python -m benchmarks.recording --repeats 3
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Overhead of the training loop over bare forward + backward + step, on the same real dataset.
 
-python benchmarks/train_loop.py --dataset FOLDER [--cache FOLDER]
+python -m benchmarks.train_loop --dataset FOLDER [--cache FOLDER]
 """
 
 from __future__ import annotations
