@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from spatial_forcing.analysis.probe import ProbeMetrics, probe_depth
 from spatial_forcing.data import Dataset
 from spatial_forcing.errors import ConfigError
+from spatial_forcing.storage import write_json
 from spatial_forcing.students import load_student
 from spatial_forcing.teachers import load_teacher
 
@@ -46,11 +46,12 @@ def probe(options: tyro.conf.OmitArgPrefixes[ProbeOptions]) -> None:
     students = {str(folder): load_student(folder) for folder in options.policies}
     depth = min(len(student.blocks) for student in students.values())
     with Progress() as bar:
-        tasks: dict[str, object] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
-            task = tasks.setdefault(what, bar.add_task(what, total=total))
-            bar.update(task, completed=done, total=total)  # type: ignore[arg-type]
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
 
         result = probe_depth(
             students,
@@ -63,7 +64,7 @@ def probe(options: tyro.conf.OmitArgPrefixes[ProbeOptions]) -> None:
     console = Console()
     console.print(_table(result.metrics))
     if options.output is not None:
-        options.output.write_text(json.dumps(result.to_json(), indent=1, default=str) + "\n")
+        write_json(options.output, result.to_json())
         console.print(f"metrics: {options.output}")
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from spatial_forcing.errors import SpatialForcingError
+from spatial_forcing.storage import write_json
 from spatial_forcing.training import TrainConfig
 from spatial_forcing.training.run import METRICS, RESULT
 
@@ -64,9 +65,8 @@ def train_arms(arms: Mapping[str, TrainConfig], *, parallel: int, console: Conso
 
 
 def _start(config: TrainConfig, threads: int) -> subprocess.Popen[bytes]:
-    config.output.mkdir(parents=True, exist_ok=True)
     wanted = config.output / "wanted.json"
-    wanted.write_text(json.dumps(config.to_plain()))
+    write_json(wanted, config.to_plain())
     command = [sys.executable, "-m", "spatial_forcing.cli", "train", "--config", str(wanted)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with (config.output / "train.log").open("ab") as log:

@@ -10,7 +10,7 @@ from spatial_forcing.envs.base import EVALUATION_SEEDS
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.training import QUICKSTART_TASKS
 
-PRESET = "nano-metaworld"
+PRESET, TEACHER = "nano-metaworld", "vggt-nano"
 PROBE_FIRST_SEED = 5_000
 """Scenes of the depth probe: apart from the demonstrations' seeds, which start at 0."""
 

@@ -18,7 +18,9 @@ from spatial_forcing.data import Dataset
 from spatial_forcing.errors import CheckpointError
 from spatial_forcing.evaluation.results import EpisodeResult
 from spatial_forcing.forcing.config import resolve_pairs
+from spatial_forcing.protocols import Teacher
 from spatial_forcing.quickstart.config import ARMS, BLIND, CONTROL, FORCED, QuickstartConfig
+from spatial_forcing.quickstart.config import TEACHER as QUICKSTART_TEACHER
 from spatial_forcing.students import load_student
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.training import TrainConfig, read_metrics
@@ -62,6 +64,8 @@ def build_page(
     probed = {name: arms[name] for name in (CONTROL.name, FORCED.name)}
     students = {name: load_student(policy_at(arm, config.steps)) for name, arm in probed.items()}
     untrained = make_student(arms[FORCED.name], dataset)
+    teacher = load_teacher(QUICKSTART_TEACHER)
+    layer = _aligned_layer(arms[FORCED.name], untrained, teacher)
     return ReportData(
         title="Spatial Forcing quickstart",
         subtitle=f"{len(config.tasks)} Meta-World tasks, {config.demos} demonstrations each, "
@@ -79,8 +83,8 @@ def build_page(
         treated=FORCED.name,
         blind=BLIND.name,
         notes=_notes(config),
-        probe=_probe(students, untrained, dataset),
-        pca=_pca(students, untrained, dataset, _aligned_layer(arms[FORCED.name], untrained)),
+        probe=_probe(students, untrained, teacher, dataset),
+        pca=_pca(students, untrained, teacher, dataset, layer),
         videos=_videos(evaluated, config.steps),
         config={"quickstart": _plain(asdict(config)), **{name: arm.to_plain() for name, arm in arms.items()}},
         environment=json.loads((arms[FORCED.name].output / ENVIRONMENT).read_text())
@@ -105,26 +109,28 @@ def _notes(config: QuickstartConfig) -> tuple[str, ...]:
     )
 
 
-def _aligned_layer(arm: TrainConfig, student: Any) -> int:
+def _aligned_layer(arm: TrainConfig, student: Any, teacher: Teacher) -> int:
     """Decoder blocks before the first tap of the forced arm."""
-    return resolve_pairs(arm.forcing.pairs, len(student.blocks), load_teacher(str(arm.teacher)).depth)[0][0]
+    return resolve_pairs(arm.forcing.pairs, len(student.blocks), teacher.depth)[0][0]
 
 
-def _probe(students: Mapping[str, Any], untrained: nn.Module, dataset: Dataset) -> ProbeReport:
+def _probe(
+    students: Mapping[str, Any], untrained: nn.Module, teacher: Teacher, dataset: Dataset
+) -> ProbeReport:
     depth = len(next(iter(students.values())).blocks)
     result = probe_depth(
         students,
         dataset,
         layers=range(depth + 1),
         floors={RANDOM: untrained},  # type: ignore[dict-item]
-        teacher=load_teacher("vggt-nano"),
+        teacher=teacher,
     )
     names = {MEAN_IMAGE: "mean depth image", RANDOM: RANDOM, **{n: n for n in students}, TEACHER: "teacher"}
     return ProbeReport.of(result, names)
 
 
 def _pca(
-    students: Mapping[str, Any], untrained: nn.Module, dataset: Dataset, layer: int
+    students: Mapping[str, Any], untrained: nn.Module, teacher: Teacher, dataset: Dataset, layer: int
 ) -> tuple[PictureRow, ...]:
     """Tokens of the aligned layer before training, after it without and with forcing, and the teacher's."""
     cameras = next(iter(students.values())).cameras
@@ -134,7 +140,7 @@ def _pca(
         f"{name}, after block {layer}": student_features(student, frames, [layer])[layer].flatten(0, 1)
         for name, student in {"before training": untrained, **students}.items()
     }
-    features["teacher"] = teacher_features(load_teacher("vggt-nano"), frames).flatten(0, 1)
+    features["teacher"] = teacher_features(teacher, frames).flatten(0, 1)
     images = {
         f"{frames.tasks[i]} ({camera})": frames.images[camera][i]
         for i in range(len(frames))

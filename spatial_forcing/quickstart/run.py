@@ -28,6 +28,7 @@ from spatial_forcing.quickstart.config import (
     FORCED,
     PRESET,
     PROBE_FIRST_SEED,
+    TEACHER,
     ArmSpec,
     QuickstartConfig,
 )
@@ -43,7 +44,6 @@ from spatial_forcing.training import TrainConfig, preset
 from spatial_forcing.training.fields import from_plain, to_plain
 from spatial_forcing.training.teacher.tasks import check_held_out
 
-TEACHER = "vggt-nano"
 CACHE_BATCH = 16
 SETTINGS, REPORT = "quickstart.json", "report.html"
 
@@ -195,10 +195,10 @@ class Quickstart:
         def work(output: Path) -> dict[str, Any]:
             cameras = next(iter(arms.values())).student.cameras
             file = output / "episodes.jsonl"
+            threads = torch.get_num_threads()
             env = {"cameras": cameras, "horizon": c.horizon, "image_size": c.image_size}
             with WorkerPool(c.workers, make_env, env) as pool:
                 # The simulators need the cores; a second thread of the small policy would only take them.
-                threads = torch.get_num_threads()
                 torch.set_num_threads(1)
                 for step, (name, arm) in product(c.checkpoints, arms.items()):
                     evaluate(
@@ -211,7 +211,7 @@ class Quickstart:
                         videos=1 if step == c.steps else 0,
                         tags={"arm": name, "step": step},
                     )
-                torch.set_num_threads(threads)
+            torch.set_num_threads(threads)
             return {"file": str(file)}
 
         file = Path(self.stages.run("evaluation", inputs, work)["file"])

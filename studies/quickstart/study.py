@@ -25,9 +25,9 @@ from spatial_forcing.envs import make_env
 from spatial_forcing.evaluation import evaluate
 from spatial_forcing.evaluation.workers import WorkerPool
 from spatial_forcing.quickstart.arms import train_arms
-from spatial_forcing.quickstart.config import PRESET, QuickstartConfig
+from spatial_forcing.quickstart.config import PRESET, TEACHER, QuickstartConfig
 from spatial_forcing.quickstart.page import policy_at
-from spatial_forcing.quickstart.run import TEACHER, Quickstart
+from spatial_forcing.quickstart.run import Quickstart
 from spatial_forcing.quickstart.stages import Stages
 from spatial_forcing.students import load_student
 from spatial_forcing.training import TrainConfig, preset
