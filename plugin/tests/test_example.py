@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from lerobot.policies.factory import get_policy_class
 from safetensors.torch import load_file
 
-from spatial_forcing.teachers.vggt import VGGT, VGGTConfig, save_vggt
+from tests.tiny_teacher import write_tiny_teacher
 
 ROOT = Path(__file__).parents[2]
 MARK = "spatial_forcing.projector"
@@ -22,16 +21,7 @@ MARK = "spatial_forcing.projector"
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    no_heads = dict.fromkeys(("enable_camera", "enable_depth", "enable_point"), False)
-    torch.manual_seed(0)
-    model = VGGT(
-        VGGTConfig(
-            img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, patch_embed="conv", **no_heads
-        )
-    )
-    folder = tmp_path_factory.mktemp("teacher")
-    save_vggt(model, folder, licence="Apache-2.0")
-    return folder
+    return write_tiny_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def run(*options):

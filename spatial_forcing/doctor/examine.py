@@ -27,6 +27,7 @@ from spatial_forcing.errors import ConfigError, LayoutError, SpatialForcingError
 from spatial_forcing.forcing.config import resolve_pairs
 from spatial_forcing.forcing.layout import Grid
 from spatial_forcing.forcing.module import SpatialForcing
+from spatial_forcing.students.base import evaluating
 
 STEPS = ("images", "decoder blocks", "token grid", "tap", "gradient path", "cost")
 
@@ -82,15 +83,12 @@ class _Examination:
 
     def run(self) -> Report:
         """All steps in eval mode; the model is then as it was."""
-        modes = [(module, module.training) for module in self.subject.model.modules()]
-        self.subject.model.eval()
-        try:
-            self._steps()
-        finally:
-            if hasattr(self, "forcing"):
-                self.forcing.export()
-            for module, training in modes:
-                module.training = training
+        with evaluating(self.subject.model):
+            try:
+                self._steps()
+            finally:
+                if hasattr(self, "forcing"):
+                    self.forcing.export()
         self.report.verified = self.report.ok
         return self.report
 

@@ -91,14 +91,12 @@ class GradientPath:
 
     Attributes:
         reached: trainable parameters that the alignment loss reaches, by where they are.
-        trainable: all trainable parameters of the model.
         frozen: parameters of the blocks below the tap that are frozen.
         action: norm of the action loss' gradient at the aligned tokens.
         align_loss: value of the alignment loss.
     """
 
     reached: dict[str, int]
-    trainable: int
     frozen: int
     action: float
     align_loss: float
@@ -114,7 +112,7 @@ def follow(forcing: SpatialForcing, batch: Mapping[str, Any], blocks: Candidate)
     student: Any = forcing.student
     layer = forcing.pairs[0][0]
     with seeded():
-        _loss, align_loss, _ = forcing._losses(batch)
+        _, align_loss, _ = forcing._losses(batch)
     named = {n: p for n, p in student.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(align_loss, list(named.values()), allow_unused=True)
     places = {
@@ -141,7 +139,6 @@ def follow(forcing: SpatialForcing, batch: Mapping[str, Any], blocks: Candidate)
     below = [p for block in blocks.blocks[:layer] for p in block.parameters()]
     return GradientPath(
         reached,
-        sum(p.numel() for p in named.values()),
         sum(p.numel() for p in below if not p.requires_grad),
         action,
         float(align_loss.detach()),

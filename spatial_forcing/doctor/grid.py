@@ -241,5 +241,4 @@ def spread(grid: Grid) -> list[tuple[int, int]]:
 
 
 def _ranges(positions: Tensor) -> str:
-    first, last = int(positions[0]), int(positions[-1])
-    return f"{first}..{last}" if len(positions) else "none"
+    return f"{int(positions[0])}..{int(positions[-1])}" if len(positions) else "none"

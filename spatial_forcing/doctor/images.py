@@ -13,6 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
 from spatial_forcing.doctor.subject import Subject
 from spatial_forcing.errors import ConfigError, DataError
@@ -33,8 +39,8 @@ class Normalisation:
     """pixels = stored * std + mean, in [0, 1]."""
 
     name: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def undo(self, stored: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1]."""
@@ -45,10 +51,8 @@ class Normalisation:
 KNOWN = (
     Normalisation("[0, 1]", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     Normalisation("[-1, 1]", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    Normalisation(
-        "CLIP's mean and std", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    ),
-    Normalisation("ImageNet's mean and std", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    Normalisation("CLIP's mean and std", tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)),
+    Normalisation("ImageNet's mean and std", tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)),
     Normalisation("[0, 255]", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
 )
 

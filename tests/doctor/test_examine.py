@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from spatial_forcing import TokenLayout, Views, as_student, layout_from_offset
 from spatial_forcing.doctor import DoctorOptions, Subject, examine
 from spatial_forcing.doctor.cost import kept_bytes
 from spatial_forcing.doctor.examine import STEPS
+from spatial_forcing.doctor.grid import find_grid
+from spatial_forcing.errors import LayoutError
 from spatial_forcing.students import NanoConfig, NanoVLA, Pi0
 from tests.doctor.toys import toy, toy_batch
 from tests.fakes import CAMERAS, FakeStudent, FakeTeacher, fake_batch
@@ -362,3 +365,10 @@ def test_masked_tokens_are_not_painted_and_others_take_their_place():
 def test_what_depends_on_a_failed_step_is_skipped():
     states = [check.state for check in inspect(toy(listed=False)).checks]
     assert states == ["pass", "FAIL"] + ["skipped"] * (len(STEPS) - 2)
+
+
+def test_a_view_without_positions_of_its_own_is_refused_in_words():
+    """Each position belongs to the view that changes it most; one may be left with none."""
+    pictures = SimpleNamespace(size=lambda view: (32, 32))
+    with pytest.raises(LayoutError, match=r"view 1 changes 0 positions \(none\)"):
+        find_grid(None, pictures, 1, torch.tensor([], dtype=torch.long), None)

@@ -10,25 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from spatial_forcing.teachers.vggt import VGGT, VGGTConfig, save_vggt
+from tests.tiny_teacher import write_tiny_teacher
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory):
-    no_heads = dict.fromkeys(("enable_camera", "enable_depth", "enable_point"), False)
-    torch.manual_seed(0)
-    model = VGGT(
-        VGGTConfig(
-            img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, patch_embed="conv", **no_heads
-        )
-    )
-    folder = tmp_path_factory.mktemp("teacher")
-    save_vggt(model, folder, licence="Apache-2.0")
-    return folder
+    return write_tiny_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="session")

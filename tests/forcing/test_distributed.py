@@ -78,28 +78,36 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def spawned(worker, folder):
+    """What each rank's `worker(rank, folder)` saved as RANK.pt."""
     mp.spawn(worker, args=(str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_equals_one_process(ranks, name):
+def assert_as_in_one_process(outcomes, name):
+    """`outcomes`: of each rank, of scenario `name`."""
     forcing = build(SCENARIOS[name][0])
     loss, metrics = forcing(whole_batch())
     loss.backward()
-    expected = outcome(forcing, [metrics])
-    for key, value in expected.items():
+    for key, value in outcome(forcing, [metrics]).items():
         if key.startswith("metric"):
-            ours = torch.stack([results[name][key] for results in ranks]).mean()
+            ours = torch.stack([found[key] for found in outcomes]).mean()
             if key == "metric samples_without_tokens":
                 ours = ours * RANKS * SCENARIOS[name][1]
             torch.testing.assert_close(ours, value, msg=key)
         else:
-            for results in ranks:
-                torch.testing.assert_close(results[name][key], value, atol=1e-6, rtol=1e-5, msg=key)
+            for found in outcomes:
+                torch.testing.assert_close(found[key], value, atol=1e-6, rtol=1e-5, msg=key)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return spawned(worker, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_equals_one_process(ranks, name):
+    assert_as_in_one_process([results[name] for results in ranks], name)
 
 
 def test_accumulation_in_one_process():

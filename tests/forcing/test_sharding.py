@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, ShardingStrategy
@@ -17,7 +16,16 @@ from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing import ForcingConfig, SpatialForcing
 from spatial_forcing.forcing.sharding import is_sharded, shard, whole
 from tests.fakes import FakeBlock, FakeStudent, fake_batch
-from tests.forcing.test_distributed import RANKS, SCENARIOS, build, outcome, rows, whole_batch
+from tests.forcing.test_distributed import (
+    RANKS,
+    SCENARIOS,
+    assert_as_in_one_process,
+    build,
+    outcome,
+    rows,
+    spawned,
+    whole_batch,
+)
 
 FULL = StateDictOptions(full_state_dict=True)
 
@@ -165,26 +173,13 @@ def worker(rank, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return spawned(worker, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("kind", ["shard", "fsdp1", "fsdp1_grad_op"])
 def test_equals_one_process(ranks, kind, name):
-    forcing = build(SCENARIOS[name][0])
-    loss, metrics = forcing(whole_batch())
-    loss.backward()
-    for key, value in outcome(forcing, [metrics]).items():
-        if key.startswith("metric"):
-            ours = torch.stack([results[kind, name][key] for results in ranks]).mean()
-            if key == "metric samples_without_tokens":
-                ours = ours * RANKS * SCENARIOS[name][1]
-            torch.testing.assert_close(ours, value, msg=key)
-        else:
-            for results in ranks:
-                torch.testing.assert_close(results[kind, name][key], value, atol=1e-6, rtol=1e-5, msg=key)
+    assert_as_in_one_process([results[kind, name] for results in ranks], name)
 
 
 def test_trained_policy_equals_one_process(ranks):

@@ -30,9 +30,8 @@ def make_optimizers(
     Raises:
         ConfigError: this torch has no Muon.
     """
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and _in_block(name)]
-    if not muon_learning_rate:
-        hidden = []
+    named = model.named_parameters() if muon_learning_rate else ()
+    hidden = [p for name, p in named if p.ndim == 2 and _in_block(name)]
     chosen = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     optimizers: list[Optimizer] = [
