@@ -21,6 +21,12 @@ STEP = 0.05
 OPEN, CLOSED = -1.0, 1.0
 HOVER, CARRY = 0.12, 0.22
 """Metres above the object while approaching, and above where it was grasped while carrying."""
+OVERSHOOT = 0.08
+"""Metres below the height of release that the lowering hand makes for, to pass that height at speed.
+
+Slowing down there would leave a resting place to a policy without memory: frames just before and after
+the fingers open would differ by nothing but the fingers.
+"""
 
 
 class PickAndPlace:
@@ -39,7 +45,7 @@ class PickAndPlace:
             raise ConfigError(f"{task} has no scripted expert; it solves tasks of {' and '.join(SUITES)}.")
         if task in UNSOLVED:
             raise ConfigError(f"{task} (a bowl in a drawer) is not solved by the scripted expert.")
-        self._phase = 0
+        self._stage = 0
         self._held = 0
         self._grasp: NDArray[np.float64] | None = None
 
@@ -48,6 +54,7 @@ class PickAndPlace:
         item, goal = env.objects_of_interest()[:2]
         places = env.objects()
         hand, _ = env.hand()
+        self._held += 1
         if self._grasp is None:
             self._grasp = places[item] + _grip(item)
         carried = hand - places[item]
@@ -55,28 +62,28 @@ class PickAndPlace:
         grasp = self._grasp
         lift = grasp[2] + CARRY
         release = places[goal][2] + (0.07 if self.suite == "libero_spatial" else 0.14) + max(0.0, carried[2])
-        targets = (
-            (np.array([*grasp[:2], grasp[2] + HOVER]), OPEN, 0),
-            (grasp, OPEN, 0),
-            (grasp, CLOSED, 12),
-            (np.array([*grasp[:2], lift]), CLOSED, 0),
-            (np.array([*over, lift]), CLOSED, 0),
-            (np.array([*over, release]), CLOSED, 0),
-            (np.array([*over, release]), OPEN, 10),
-            (np.array([*hand[:2], lift]), OPEN, 0),
-        )
-        target, gripper, wait = targets[self._phase]
-        self._advance(hand, target, wait, len(targets))
-        move = np.clip((target - hand) / STEP * 0.8, -1, 1)
-        return np.array([*move, 0, 0, 0, gripper], np.float32)
+        low = np.array([*over, release - OVERSHOOT])
 
-    def _advance(
-        self, hand: NDArray[np.float64], target: NDArray[np.float64], wait: int, phases: int
-    ) -> None:
-        self._held += 1
-        there = np.linalg.norm(hand - target) < 0.012
-        if (self._held > wait) if wait else (there or self._held > 60):
-            self._phase, self._held = min(self._phase + 1, phases - 1), 0
+        def reached(target: NDArray[np.float64]) -> bool:
+            return bool(np.linalg.norm(hand - target) < 0.012) or self._held > 60
+
+        above, lifted = np.array([*grasp[:2], grasp[2] + HOVER]), np.array([*grasp[:2], lift])
+        carry = np.array([*over, lift])
+        stages = (  # where to, fingers, whether that is done
+            (above, OPEN, reached(above)),
+            (grasp, OPEN, reached(grasp)),
+            (grasp, CLOSED, self._held > 12),
+            (lifted, CLOSED, reached(lifted)),
+            (carry, CLOSED, reached(carry)),
+            (low, CLOSED, hand[2] < release or self._held > 60),
+            (low, OPEN, self._held > 10),
+            (np.array([*hand[:2], lift]), OPEN, False),
+        )
+        target, fingers, done = stages[self._stage]
+        if done:
+            self._stage, self._held = self._stage + 1, 0
+        move = np.clip((target - hand) / STEP * 0.8, -1, 1)
+        return np.array([*move, 0, 0, 0, fingers], np.float32)
 
 
 def _grip(item: str) -> NDArray[np.float64]:

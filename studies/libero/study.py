@@ -100,7 +100,6 @@ def demonstrations(study: Study, name: str, count: int, first_seed: int) -> Data
         image_size=study.image_size,
         first_seed=first_seed,
         noise=study.noise,
-        settle_steps=2,
         workers=1,
     )
     return Dataset.open(record(config))
