@@ -142,7 +142,7 @@ def _expect(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 
 def _checked_images(images: Tensor, present: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
-        return images.float() / 255
+        return images.float().div_(255)
     if not images.is_floating_point():
         raise DataError(f"Views.images is {images.dtype}; expected uint8, or float in [0, 1].")
     # Absent views may hold anything (LeRobot writes -1); they are blanked, never checked or encoded.

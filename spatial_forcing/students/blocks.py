@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,15 +25,27 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden: Tensor, keep: Tensor | None = None) -> Tensor:
-        """`hidden` (B, N, D); `keep` (B, N) bool, False on tokens that nobody may attend to."""
-        hidden = hidden + self.dropout(self._attend(self.input_layernorm(hidden), keep))
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, last: int = 0) -> Tensor:
+        """`hidden` (B, N, D) -> the same shape, or the last tokens alone, (B, last, D).
+
+        `mask` (B, N) is added to the attention to each token (see `attention_mask`).
+        """
+        mixed = self.dropout(self._attend(self.input_layernorm(hidden), mask, last))
+        hidden = hidden[:, -last:] + mixed
         return hidden + self.dropout(self.mlp(self.post_attention_layernorm(hidden)))
 
-    def _attend(self, hidden: Tensor, keep: Tensor | None) -> Tensor:
+    def _attend(self, hidden: Tensor, mask: Tensor | None, last: int) -> Tensor:
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(hidden).chunk(3, dim=-1)
         )
-        mask = None if keep is None else keep[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        mask = None if mask is None else mask[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(query[:, :, -last:], key, value, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def attention_mask(keep: Tensor, like: Tensor) -> Tensor:
+    """0 where `keep` (B, N) bool, minus infinity on tokens that nobody may attend to.
+
+    Attention makes this of a boolean mask by itself, but anew in every block.
+    """
+    return torch.zeros_like(keep, dtype=like.dtype).masked_fill_(~keep, -torch.inf)

@@ -25,7 +25,7 @@ from spatial_forcing.protocols import Batch, Metrics, Observation, TokenLayout
 from spatial_forcing.stem import PatchStem, fits_stem
 from spatial_forcing.students.base import STUDENTS, evaluating, load_weights, read_config, save_checkpoint
 from spatial_forcing.students.batches import ACTION, STATE, collate, vector
-from spatial_forcing.students.blocks import Block
+from spatial_forcing.students.blocks import Block, attention_mask
 from spatial_forcing.students.heads import FlowHead, Generators, L1Head
 from spatial_forcing.students.normalize import Normalizer, NormMode, Stats
 from spatial_forcing.students.rtc import Overlap, freeze, guidance
@@ -218,7 +218,7 @@ class NanoVLA(nn.Module):
             ConfigError: overlaps are given, but the head is not a flow.
         """
         with evaluating(self):
-            hidden = self._decode(self._collate(observations))
+            hidden = self._decode(self._collate(observations), whole=False)
             if overlaps is None:
                 actions = self.head.sample(hidden, generator)
             else:
@@ -269,11 +269,16 @@ class NanoVLA(nn.Module):
     def _device(self) -> torch.device:
         return self.action_query.device
 
-    def _decode(self, batch: Batch) -> Tensor:
-        """Hidden states of the action tokens after the final norm, (B, T, D)."""
+    def _decode(self, batch: Batch, whole: bool = True) -> Tensor:
+        """Hidden states of the action tokens after the final norm, (B, T, D).
+
+        Unless `whole`, the last block leaves out all other tokens: nobody but a tap reads them.
+        """
         tokens, keep = self._embed(batch)
-        for block in self.layers:
-            tokens = block(tokens, keep)
+        mask = attention_mask(keep, tokens)
+        for block in self.layers[:-1]:
+            tokens = block(tokens, mask)
+        tokens = self.layers[-1](tokens, mask, last=0 if whole else self.config.chunk)
         return self.norm(tokens)[:, -self.config.chunk :]
 
     def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -301,7 +306,7 @@ class NanoVLA(nn.Module):
 
     def _pixels(self, images: Tensor) -> Tensor:
         """[0, 1] to [-1, 1]; mid-grey for the blind control."""
-        return torch.zeros_like(images) if self.config.blank_images else images * 2 - 1
+        return torch.zeros_like(images) if self.config.blank_images else images.mul(2).sub_(1)
 
     def _images(self, batch: Batch, corner: bool = False) -> Views:
         """The student's own images (B, V, 3, image_size, image_size), checked.
@@ -320,7 +325,8 @@ class NanoVLA(nn.Module):
     def _resize(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 or float -> (B, 3, image_size, image_size) float."""
         size = (self.config.image_size, self.config.image_size)
-        image = image.float() / 255 if image.dtype == torch.uint8 else image
+        # In place: a fresh megabyte costs more than the arithmetic on it.
+        image = image.float().div_(255) if image.dtype == torch.uint8 else image
         if image.shape[-2:] == size:
             return image
         return F.interpolate(image, size, mode="bilinear", antialias=True)
