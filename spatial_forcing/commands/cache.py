@@ -16,6 +16,7 @@ from spatial_forcing.errors import DataError
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import cache_info, prune_cache, verify_cache
 from spatial_forcing.teachers.cache_build import BASIS_FRAMES, build_cache
+from spatial_forcing.teachers.cache_codec import CacheDtype
 from spatial_forcing.teachers.cache_source import dataset_source
 from spatial_forcing.teachers.crops import crop_agreement
 
@@ -32,9 +33,10 @@ class BuildOptions:
         teacher: a registered name, a local checkpoint, or a hub id.
         cameras: ordered; default all of the dataset's.
         layers: of the teacher, negative from the end.
-        dtype: int8 stores one scale a token.
-        channels: store that many directions of the features instead of all channels (256 for VGGT-1B: with
-            int8 a row is then a sixteenth).
+        dtype: int8 stores one scale a token; int4, with channels only, half a byte for all but the leading
+            sixth of them.
+        channels: store that many directions of the features instead of all channels. With VGGT-1B a row is
+            then a sixteenth: 436 in int4, or 256 in int8, which is less faithful.
         standardise: with channels: standardise the teacher's channels before the directions are fitted.
         basis_frames: frames that they are fitted on.
         batch_size: frames a call of the teacher.
@@ -52,7 +54,7 @@ class BuildOptions:
     teacher: str = "vggt-nano"
     cameras: tuple[str, ...] | None = None
     layers: tuple[int, ...] = (-1,)
-    dtype: Literal["bf16", "int8"] = "bf16"
+    dtype: CacheDtype = "bf16"
     channels: int | None = None
     standardise: bool = False
     basis_frames: int = BASIS_FRAMES

@@ -23,12 +23,12 @@ from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.teachers.base import announce_licence
 from spatial_forcing.teachers.cache_basis import load_bases
 from spatial_forcing.teachers.cache_build import build_cache, changed_episodes, foreign_dataset
+from spatial_forcing.teachers.cache_codec import columns, decode
 from spatial_forcing.teachers.cache_format import (
     CacheHeader,
     Shard,
     checksum,
     decode_present,
-    decode_values,
     read_shards,
 )
 from spatial_forcing.teachers.cache_prune import Pruned, prune_cache
@@ -218,14 +218,11 @@ class CachedTeacher:
     def _read(
         self, layer: int, shard_of: NDArray[np.int64], row_of: NDArray[np.int64], present: Tensor
     ) -> Tensor:
-        """Decoded where features are delivered, so that what travels there is small."""
-        stored = self._gather(f"layer{layer}", shard_of, row_of)
-        if self.header.dtype == "bf16":
-            values, scale = torch.from_numpy(stored.view(np.int16)), None
-        else:
-            values = torch.from_numpy(stored)
-            scale = torch.from_numpy(self._gather(f"scale{layer}", shard_of, row_of)).to(self.device)
-        decoded = decode_values(self.header, values.to(self.device), scale)
+        parts = {
+            name: self._gather(f"{name}{layer}", shard_of, row_of)
+            for name in columns(self.header.dtype, self.header.channels)
+        }
+        decoded = decode(self.header.dtype, parts, self.device)
         if self.bases is None:
             return decoded
         basis = self.bases[layer]

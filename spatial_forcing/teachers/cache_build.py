@@ -20,10 +20,9 @@ from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.storage import disk_full_explained, exclusive, free_bytes, progress_bar, require_disk
 from spatial_forcing.teachers.cache_basis import Basis, Moments, fit_basis, load_bases, save_bases
+from spatial_forcing.teachers.cache_codec import DTYPES, CacheDtype
 from spatial_forcing.teachers.cache_format import (
-    DTYPES,
     HEADER,
-    CacheDtype,
     CacheHeader,
     Shard,
     TeacherFacts,
@@ -75,7 +74,7 @@ def build_cache(
         folder: made if it does not exist.
         layers: of the teacher, 0-based, negative from the end.
         cameras: ordered; default the source's. A cache serves exactly this tuple.
-        dtype: "bf16", or "int8" with one scale a token.
+        dtype: how numbers are stored (see `cache_codec`); "int4" needs `channels`.
         channels: store each token's coordinates in a basis of that many directions, fitted on a sample (a
             multiple of 4, 256 for VGGT-1B); None: the teacher's own channels.
         standardise: with `channels`, standardise the teacher's channels before the fit.
@@ -98,7 +97,7 @@ def build_cache(
     folder = Path(folder)
     names = tuple(source.cameras if cameras is None else cameras)
     _check_settings(source, names, dtype, batch_size)
-    _check_basis(teacher, channels, standardise, basis_frames)
+    _check_basis(teacher, channels, dtype, standardise, basis_frames)
     wanted = tuple(dict.fromkeys(resolve_layers(layers, teacher.depth)))
     encoder = Encoder(teacher, source, names, wanted, batch_size)
     ranks = _Ranks(teacher)
@@ -226,8 +225,14 @@ def _fit(
     return {**save_bases(folder, bases), "frames": len(picked)}
 
 
-def _check_basis(teacher: Teacher, channels: int | None, standardise: bool, frames: int) -> None:
+def _check_basis(
+    teacher: Teacher, channels: int | None, dtype: CacheDtype, standardise: bool, frames: int
+) -> None:
     if channels is None:
+        if dtype == "int4":
+            raise ConfigError(
+                "int4 stores leading directions more exactly than others; set channels too, or use int8."
+            )
         if standardise:
             raise ConfigError(
                 "standardise belongs to a cache with fewer channels; set channels too, or standardise in "

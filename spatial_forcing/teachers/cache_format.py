@@ -5,8 +5,8 @@
     shard-00000.bin       fixed-size rows of whole episodes, one row a frame
     shard-00000.json      which episodes, where, with a checksum each; a shard counts once this exists
 
-A row holds, for every layer, (V, h, w, C) numbers (bf16, or int8 with one float32 scale a token), then the
-presence bits of its views. Every shard has its own record, so builders of different shards share no file. A
+A row holds, for every layer, (V, h, w, C) numbers as `cache_codec` stores them, then the presence bits of its
+views. Every shard has its own record, so builders of different shards share no file. A
 record may name a later data file (`shard-00000.r1.bin`), which holds what pruning left of the first.
 
 Shapes: n rows, V view, h x w teacher grid, C channels.
@@ -19,20 +19,18 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from spatial_forcing.errors import DataError
 from spatial_forcing.storage import write_json
+from spatial_forcing.teachers.cache_codec import DTYPES, CacheDtype, columns, encode
 
 VERSION = 1
 HEADER = "header.json"
-CacheDtype = Literal["bf16", "int8"]
-DTYPES = ("bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class CacheHeader:
         layers: of the teacher, 0-based.
         grid: (h, w).
         channels: numbers stored a token.
-        dtype: "bf16" or "int8".
+        dtype: of them; see `cache_codec`.
         basis: None for the teacher's own channels, else what `cache_basis.save_bases` says: "sha256" of the
             vectors' file and, for each layer, the "mean" that was subtracted; and "frames" in the sample.
         standardised: the teacher's channels were standardised before the basis was fitted.
@@ -88,13 +86,12 @@ class CacheHeader:
     def row(self) -> np.dtype[Any]:
         """The layout of one row."""
         tokens = (len(self.cameras), *self.grid)
-        values = "<u2" if self.dtype == "bf16" else "i1"
-        columns: list[tuple[str, str, tuple[int, ...]]] = []
-        if self.dtype == "int8":
-            columns += [(f"scale{layer}", "<f4", tokens) for layer in self.layers]
-        columns += [(f"layer{layer}", values, (*tokens, self.channels)) for layer in self.layers]
-        columns.append(("present", "u1", ((len(self.cameras) + 7) // 8,)))
-        return np.dtype(columns, align=True)
+        fields = [
+            (f"{name}{layer}", kind, (*tokens, *shape))
+            for name, (kind, shape) in columns(self.dtype, self.channels).items()
+            for layer in self.layers
+        ]
+        return np.dtype([*fields, ("present", "u1", ((len(self.cameras) + 7) // 8,))], align=True)
 
     def save(self, folder: Path) -> None:
         """Write it, atomically."""
@@ -109,6 +106,11 @@ class CacheHeader:
             raise DataError(
                 f"{folder / HEADER} is a cache of version {version!r}; this package reads version {VERSION}. "
                 "Update the package or build it again."
+            )
+        if content.get("dtype") not in DTYPES:
+            raise DataError(
+                f"{folder / HEADER} stores its numbers as {content.get('dtype')!r}; this package reads "
+                f"{', '.join(DTYPES)}. Update the package or build the cache again."
             )
         try:
             return cls(
@@ -201,31 +203,13 @@ def leftovers(folder: Path, shards: Sequence[Shard]) -> list[Path]:
 
 
 def encode_rows(header: CacheHeader, features: Sequence[Tensor], present: NDArray[np.bool_]) -> NDArray[Any]:
-    """Rows (n,) from one (n, V, h, w, C) tensor a layer of the header and the (n, V) present views.
-
-    Codes are computed where the features are, so that only they leave the device.
-    """
+    """Rows (n,) from one (n, V, h, w, C) tensor a layer of the header and the (n, V) present views."""
     rows = np.zeros(len(present), dtype=header.row)
     rows["present"] = np.packbits(present, axis=1)
     for layer, values in zip(header.layers, features, strict=True):
-        if header.dtype == "bf16":
-            rounded = values.to(torch.bfloat16).cpu().contiguous()
-            rows[f"layer{layer}"] = rounded.view(torch.int16).numpy().view(np.uint16)
-            continue
-        exact = values.float()
-        scale = exact.abs().amax(-1) / 127
-        codes = exact / torch.where(scale > 0, scale, 1).unsqueeze(-1)
-        rows[f"layer{layer}"] = codes.round_().clamp_(-127, 127).to(torch.int8).cpu().numpy()
-        rows[f"scale{layer}"] = scale.cpu().numpy()
+        for name, part in encode(header.dtype, values).items():
+            rows[f"{name}{layer}"] = part
     return rows
-
-
-def decode_values(header: CacheHeader, values: Tensor, scale: Tensor | None) -> Tensor:
-    """Stored numbers (..., C), and scales (...) for int8, as float32."""
-    if header.dtype == "bf16":
-        return values.view(torch.bfloat16).float()
-    assert scale is not None
-    return torch.mul(values, scale.unsqueeze(-1))  # one pass: int8 times float32 is float32
 
 
 def decode_present(header: CacheHeader, bits: NDArray[np.uint8]) -> NDArray[np.bool_]:

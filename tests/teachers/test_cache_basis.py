@@ -95,7 +95,7 @@ def source():
     return FakeSource(absent=[(4, "wrist"), (6, "front")])
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("standardise", [False, True])
 def test_a_cache_delivers_k_channels(source, tmp_path, dtype, standardise):
     """The fake's features have three directions about a constant: four channels hold them."""
@@ -185,6 +185,8 @@ def test_impossible_channels_are_refused(source, tmp_path, channels):
         build(FakeTeacher(dim=12), source, tmp_path / "cache", channels=channels)
     with pytest.raises(ConfigError, match="standardise belongs to a cache with fewer channels"):
         build(FakeTeacher(dim=12), source, tmp_path / "cache", standardise=True)
+    with pytest.raises(ConfigError, match="int4 stores leading directions more exactly than others; set"):
+        build(FakeTeacher(dim=12), source, tmp_path / "cache", dtype="int4")
     assert not (tmp_path / "cache").exists()
 
 
