@@ -192,6 +192,12 @@ def views_from_batch(batch: Mapping[str, Any], cameras: Sequence[str]) -> Views:
             f"the cameras' images differ in shape: {sizes}. Give the loader one image_size, so that every "
             "view is letterboxed to it."
         )
+    if len({image.dtype for image in images}) != 1:
+        types = {camera: str(image.dtype) for camera, image in zip(cameras, images, strict=True)}
+        raise DataError(
+            f"the cameras' images differ in type: {types}. Give all of them as uint8, or all as float in "
+            "[0, 1]."
+        )
     return Views.create(
         torch.stack(images, 1),
         cameras,

@@ -142,3 +142,11 @@ def test_cameras_of_different_sizes_are_refused():
     batch["observation.images.wrist"] = torch.rand(4, 3, 12, 12)
     with pytest.raises(DataError, match=r"differ in shape.*wrist.*12"):
         views_from_batch(batch, CAMERAS)
+
+
+def test_cameras_of_different_types_are_refused():
+    """Stacked, bytes up to 255 would pass for floats."""
+    batch = fake_batch()
+    batch["observation.images.wrist"] = (batch["observation.images.wrist"] * 255).byte()
+    with pytest.raises(DataError, match=r"differ in type.*front.*float32.*wrist.*uint8"):
+        views_from_batch(batch, CAMERAS)

@@ -68,5 +68,7 @@ def collate(
             images.append(fit(image) if fit else image)
         if len({image.shape for image in images}) > 1:
             raise DataError(f"images of camera {camera!r} differ in size between the observations.")
+        if len({image.dtype for image in images}) > 1:
+            raise DataError(f"images of camera {camera!r} differ in type between the observations.")
         batch[IMAGE_PREFIX + camera] = torch.cat(images)
     return batch

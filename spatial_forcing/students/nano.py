@@ -305,11 +305,11 @@ class NanoVLA(nn.Module):
         return torch.cat(tokens, dim=1), torch.cat([worded, seen, always], dim=1)
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """[0, 1] to [-1, 1]; mid-grey for the blind control."""
-        return torch.zeros_like(images) if self.config.blank_images else images.mul(2).sub_(1)
+        """[0, 1] to [-1, 1], in place; mid-grey for the blind control."""
+        return torch.zeros_like(images) if self.config.blank_images else images.mul_(2).sub_(1)
 
     def _images(self, batch: Batch, corner: bool = False) -> Views:
-        """The student's own images (B, V, 3, image_size, image_size), checked.
+        """The student's own images (B, V, 3, image_size, image_size), checked, in memory of their own.
 
         The stored frames that a cached teacher reads are left out. `corner` takes one pixel of each
         image only, enough to know which views are present.
@@ -323,12 +323,16 @@ class NanoVLA(nn.Module):
         return views_from_batch(own, self.cameras).to(self._device)
 
     def _resize(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 or float -> (B, 3, image_size, image_size) float."""
+        """(B, 3, H, W) uint8 or float -> (B, 3, image_size, image_size) of the same type.
+
+        Bytes stay bytes up to the stack of all views: a fresh megabyte costs more than arithmetic on it.
+        """
         size = (self.config.image_size, self.config.image_size)
-        # In place: a fresh megabyte costs more than the arithmetic on it.
-        image = image.float().div_(255) if image.dtype == torch.uint8 else image
         if image.shape[-2:] == size:
             return image
+        if image.dtype == torch.uint8 and image.device.type != "cpu":  # only the CPU resizes bytes
+            smooth = F.interpolate(image.float(), size, mode="bilinear", antialias=True)
+            return smooth.round_().clamp_(0, 255).to(torch.uint8)
         return F.interpolate(image, size, mode="bilinear", antialias=True)
 
     def _words(self, batch: Batch, count: int) -> Tensor:

@@ -215,10 +215,16 @@ def test_images_matter_and_blank_images_do_not():
 def test_uint8_and_float_and_other_sizes_agree():
     nano = student()
     batch = fake_batch()
-    pixels = (batch[FRONT] * 255).round().to(torch.uint8)
-    as_bytes, as_floats = {**batch, FRONT: pixels}, {**batch, FRONT: pixels.float() / 255}
+    pixels = {key: (batch[key] * 255).round().byte() for key in (FRONT, WRIST)}
+    as_bytes, as_floats = (
+        {**batch, **pixels},
+        {**batch, **{key: p.float() / 255 for key, p in pixels.items()}},
+    )
     assert nano.act([observation(0)]).shape == nano.act([observation(0, size=50)]).shape
     torch.testing.assert_close(nano(as_bytes)[0], nano(as_floats)[0], atol=4e-6, rtol=1e-6)
+    assert all(torch.equal(as_floats[key], p.float() / 255) for key, p in pixels.items())
+    resized = nano._resize(torch.randint(0, 256, (2, 3, 50, 70), dtype=torch.uint8))
+    assert (resized.dtype, resized.shape) == (torch.uint8, (2, 3, 24, 24))
     smooth = torch.linspace(0, 1, 24).expand(4, 3, 24, 24)
     larger = torch.linspace(0, 1, 72).expand(4, 3, 48, 72)
     a, b = (block_input(nano, {**batch, FRONT: image}) for image in (smooth, larger))
@@ -288,3 +294,7 @@ def test_wrong_batches_are_refused():
         nano.act([seen])
     with pytest.raises(DataError, match="no observation"):
         nano.act([])
+    mixed = [observation(0), observation(1)]
+    mixed[1]["images"]["wrist"] = mixed[1]["images"]["wrist"].astype(np.float32) / 255
+    with pytest.raises(DataError, match="camera 'wrist' differ in type"):
+        nano.act(mixed)
