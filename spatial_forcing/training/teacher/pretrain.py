@@ -327,7 +327,7 @@ class PretrainRun:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * warmup * decay
         heads = ("camera", "depth", "point") if self.step % config.point_every == 0 else ("camera", "depth")
-        output = self.model(_augment(batch.images, generator), heads)
+        output = self.model(augment(batch.images, generator), heads)
         loss, parts = teacher_loss(output, make_targets(batch, tuple(output["depth"].shape[2:4])))
         if not bool(torch.isfinite(loss)):
             raise DataError(
@@ -365,7 +365,7 @@ def _draw(scenes: SceneDataset, views: int, generator: torch.Generator) -> tuple
     return scenes.batch(indices).select(order[:, :count]), indices
 
 
-def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """uint8 -> float in [0, 1] with random brightness, contrast and tint of each scene."""
     scenes = len(images)
     gain = 1 + 0.15 * torch.randn(scenes, 1, 1, 1, 1, generator=generator)
