@@ -22,9 +22,11 @@ HORIZONS: dict[str, dict[str, int]] = {
 
 INIT_STATES = 50
 """Official initial states of every task."""
-UNSOLVED = ("libero_spatial-4",)
-"""Tasks of the scripted expert's suites that it does not solve: that bowl lies in a drawer; the hand is
-stopped above its rim on either side."""
+UNSOLVED = {
+    "libero_spatial-4": "the bowl lies in a drawer, and the hand is stopped above its rim",
+    "libero_object-1": "a neighbour of the flat box stops the fingers in most placements",
+}
+"""Tasks of the scripted expert's suites that it does not solve, and why."""
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 """Third-person view and wrist view."""
 

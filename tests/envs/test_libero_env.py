@@ -144,12 +144,31 @@ def test_the_expert_solves_the_task(env):
     assert wins >= 2
 
 
+def test_the_expert_lifts_a_flat_box_and_opens_its_fingers_in_passing(setup):
+    """A hand that rests before it opens its fingers teaches a policy without memory to rest."""
+    from spatial_forcing.envs.libero_expert import OPEN, PickAndPlace
+
+    env = make_env("libero_object-6", image_size=32)
+    try:
+        env.reset(seed=100)
+        expert, actions, done = PickAndPlace("libero_object-6"), [], False
+        while not done:
+            actions.append(expert.action(env))
+            _, _, terminated, truncated, info = env.step(actions[-1])
+            done = terminated or truncated
+    finally:
+        env.close()
+    assert info["success"]
+    held = max(i for i, action in enumerate(actions) if action[-1] != OPEN)
+    assert actions[held][2] < -0.3
+
+
 def test_tasks_without_an_expert_say_so(setup):
     from spatial_forcing.envs.libero_expert import PickAndPlace
 
     with pytest.raises(ConfigError, match="no scripted expert"):
         PickAndPlace("libero_goal-0")
-    with pytest.raises(ConfigError, match=r"libero_spatial-4 .* is not solved"):
+    with pytest.raises(ConfigError, match=r"libero_spatial-4 is not solved .* drawer"):
         PickAndPlace("libero_spatial-4")
 
 
