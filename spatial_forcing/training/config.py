@@ -69,6 +69,8 @@ class TrainConfig:
         episodes: these episodes only (before `fraction`); None: all.
         augment: random crops and colours; None: none.
         mixed_precision: "bf16" autocasts the forward pass.
+        shard: split parameters, gradients and moments over all processes (FSDP2) instead of holding all of
+            them in each; for students that are too large to be trained in full on one GPU.
         save_every: steps between checkpoints (the last step always saves); None: about ten in a run.
         keep: complete checkpoints that stay, newest first.
         callback_every: steps between calls of `on_checkpoint`, a multiple of `save_every`; the last
@@ -100,6 +102,7 @@ class TrainConfig:
     episodes: tuple[int, ...] | None = None
     augment: Augment | None = None
     mixed_precision: Literal["no", "bf16"] = "no"
+    shard: bool = False
     save_every: int | None = None
     keep: int = 2
     callback_every: int | None = None
@@ -124,6 +127,9 @@ class TrainConfig:
         audit = self.audit_every
         good = audit is None or (audit >= 1 and audit % self.log_every == 0)
         self._check(good, "audit_every", f"a multiple of log_every ({self.log_every}), or none")
+        self._check(
+            not (self.shard and audit), "audit_every", "none with shard: an audit needs whole gradients"
+        )
         self._check_trackers()
         if self.batch_size % self.gradient_accumulation:
             raise ConfigError(

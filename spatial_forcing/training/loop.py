@@ -2,6 +2,7 @@
 
     spatial-forcing train --preset nano-metaworld ...                       one process
     accelerate launch -m spatial_forcing.cli train --preset ...             several (or torchrun)
+    ... --shard                                                             parameters in shards (FSDP2)
 
 Accelerate prepares the `SpatialForcing` module and nothing else calls the student's loss, so both losses
 pass its gradient synchronisation.
@@ -24,9 +25,11 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object, send_to_
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from spatial_forcing.errors import CheckpointError, ConfigError, EnvironmentSetupError
 from spatial_forcing.forcing import SpatialForcing
+from spatial_forcing.forcing.sharding import whole
 from spatial_forcing.protocols import Batch
 from spatial_forcing.storage import replace_file, require_disk
 from spatial_forcing.students.base import restore_student
@@ -38,6 +41,7 @@ from spatial_forcing.training.memory import estimate_memory
 from spatial_forcing.training.metrics import Meter, MetricLog, Row, read_metrics
 from spatial_forcing.training.optim import make_optimizer, make_scheduler
 from spatial_forcing.training.parts import Parts, build_parts
+from spatial_forcing.training.placement import Placement, Replicated, Sharded
 from spatial_forcing.training.progress import TrainingProgress
 from spatial_forcing.training.run import (
     CHECKPOINTS,
@@ -104,20 +108,17 @@ class Trainer:
             # The loop below accumulates itself: its batches come from no DataLoader.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
-        if self.accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        kind = self.accelerator.distributed_type.value
+        if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
             raise ConfigError(
-                f"distributed type {self.accelerator.distributed_type.value} is not supported: one process "
-                "writes this loop's checkpoints and policy, so each must hold whole weights. Use data "
-                "parallelism (DDP): `accelerate launch --multi_gpu`, or torchrun. In your own loop, "
-                "spatial_forcing.forcing.shard puts student and projector under FSDP."
+                f"distributed type {kind} is not supported; start with `accelerate launch --multi_gpu` or "
+                "torchrun. `shard` of the configuration puts student and projector under FSDP."
             )
+        if config.shard and kind == "NO":
+            raise ConfigError("shard is for several processes; start with torchrun or `accelerate launch`.")
         set_seed(config.seed)  # of the projector, whatever was drawn before
         self.forcing = SpatialForcing(parts.student, parts.teacher, config.forcing)
         self._say_memory(parts.student)  # while all is still on the CPU
-        optimizer = make_optimizer(self.forcing, config.optim)
-        self.model, self.optimizer = self.accelerator.prepare(self.forcing.train(), optimizer)
-        self.scheduler = make_scheduler(optimizer, config.optim, config.steps)
-        self.parameters = [p for p in self.forcing.parameters() if p.requires_grad]
         self.meter = Meter(lambda tensor: self.accelerator.reduce(tensor, "mean"), gather_object)
         self.step = 0
         self.seconds = 0.0
@@ -138,7 +139,11 @@ class Trainer:
         with StopRequest() as stop:
             # Rank r draws its own noise; batches do not depend on these streams at all.
             set_seed(self.config.seed + self.accelerator.process_index)
-            resumed = self._resume()
+            found = self._find()
+            if found is not None:
+                self._load_weights(found)
+            self._prepare()
+            resumed = self._resume(found)
             title = f"train {self.config.output.name}"
             self.log = MetricLog(self.config.output / METRICS, self.step) if self._main else None
             with (
@@ -152,10 +157,27 @@ class Trainer:
                 self._loop(stop, on_checkpoint)
         return self._finish()
 
+    def _prepare(self) -> None:
+        """Place the weights, and make what belongs to parameters where they are."""
+        config, accelerator = self.config, self.accelerator
+        self.forcing.train()
+        self.placement: Placement
+        if config.shard:
+            self.placement = Sharded(self.forcing.to(accelerator.device), self._main)
+            self.model, optimizer = self.forcing, make_optimizer(self.forcing, config.optim)
+            self.optimizer = accelerator.prepare(optimizer)
+        else:
+            self.placement = Replicated(self.forcing)
+            optimizer = make_optimizer(self.forcing, config.optim)
+            self.model, self.optimizer = accelerator.prepare(self.forcing, optimizer)
+        self.scheduler = make_scheduler(optimizer, config.optim, config.steps)
+        self.parameters = [p for p in self.forcing.parameters() if p.requires_grad]
+
     def _say_memory(self, student: nn.Module) -> None:
-        config = self.config
-        samples = config.batch_size // config.gradient_accumulation // self.accelerator.num_processes
-        estimate = estimate_memory(student, samples, self.forcing.projector)
+        config, processes = self.config, self.accelerator.num_processes
+        samples = config.batch_size // config.gradient_accumulation // processes
+        shards = processes if config.shard else 1
+        estimate = estimate_memory(student, samples, self.forcing.projector, shards)
         if estimate.activations is not None:  # a student that is large enough to be asked
             self.accelerator.print(estimate)
 
@@ -207,7 +229,8 @@ class Trainer:
         for number, batch in enumerate(window, 1):
             # Gradients are exchanged once, after the window's last micro-batch.
             with nullcontext() if number == len(window) else self.accelerator.no_sync(self.model):
-                loss, found = self.model(batch)
+                with self.accelerator.autocast():
+                    loss, found = self.model(batch)
                 self.accelerator.backward(loss / len(window))
             losses.append(loss)
             metrics.append(found)
@@ -223,8 +246,8 @@ class Trainer:
         """Clip student and projector together; the norm before clipping."""
         limit = self.config.optim.clip_norm
         if limit is not None:
-            return cast(Tensor, self.accelerator.clip_grad_norm_(self.parameters, limit))
-        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            return whole(cast(Tensor, self.accelerator.clip_grad_norm_(self.parameters, limit)))
+        return whole(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
 
     def _read_metrics(self, saves: bool, asked: bool) -> bool:
         """Synchronise with device and ranks where it is due; whether training should stop."""
@@ -266,8 +289,11 @@ class Trainer:
             self.accelerator.wait_for_everyone()
             folder = files.partial_folder(self.root, self.step)
             files.save_tensors(folder / self._rng_file, files.rng_state())
-            if self._main:
-                self._write_shared(folder)
+            beside = self.forcing.projector_state_dict()
+            moments = self.placement.optimizer_state(self._bare_optimizer)
+            with self.placement.policy() as policy:
+                if self._main:
+                    self._write_shared(folder, policy, beside, moments)
             self.accelerator.wait_for_everyone()
             if self._main:
                 files.commit(self.root, self.step)
@@ -284,19 +310,25 @@ class Trainer:
     def _rng_file(self) -> str:
         return f"rng-{self.accelerator.process_index}.pt"
 
-    def _write_shared(self, folder: Path) -> None:
-        self._policy.save_pretrained(folder / "policy")
-        beside = self.forcing.projector_state_dict()
+    @property
+    def _bare_optimizer(self) -> Optimizer:
+        """Out of what Accelerate put around it."""
+        return cast(Optimizer, self.optimizer.optimizer)
+
+    def _write_shared(
+        self, folder: Path, policy: Any, beside: Mapping[str, Tensor], moments: Mapping[str, Any]
+    ) -> None:
+        policy.save_pretrained(folder / "policy")
         if beside:
             content = {name: value.detach().contiguous().cpu() for name, value in beside.items()}
             replace_file(folder / files.PROJECTOR, lambda path: save_file(content, path))
-        states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        states = {"optimizer": moments, "scheduler": self.scheduler.state_dict()}
         files.save_tensors(folder / files.OPTIMIZER, states)
         processes, plain = self.accelerator.num_processes, self.config.to_plain()
         files.write_state(folder, TrainState(self.step, processes, self.seconds, plain, self.meter.rows))
 
-    def _resume(self) -> Checkpoint | None:
-        """Load the newest complete checkpoint, if there is one."""
+    def _find(self) -> Checkpoint | None:
+        """The newest complete checkpoint, if there is one, of this configuration and as many processes."""
         self.root.mkdir(parents=True, exist_ok=True)
         found, faults = files.latest_checkpoint(self.root)
         self.accelerator.wait_for_everyone()
@@ -316,17 +348,23 @@ class Trainer:
                 f"{found.folder} was written by {state.processes} processes and this run has "
                 f"{self.accelerator.num_processes}; resume with as many, or choose another output."
             )
-        self._load(found)
-        self.step, self.seconds, self.meter.rows = state.step, state.seconds, list(state.rows)
         return found
 
-    def _load(self, found: Checkpoint) -> None:
+    def _load_weights(self, found: Checkpoint) -> None:
+        """Before they are placed: each process reads all of them."""
         restore_student(self._policy, found.policy)
         beside = found.folder / files.PROJECTOR
         self.forcing.load_projector_state_dict(load_file(beside) if beside.exists() else {})
+
+    def _resume(self, found: Checkpoint | None) -> Checkpoint | None:
+        """Load what else the checkpoint holds; returns it."""
+        if found is None:
+            return None
+        state = files.read_state(found.folder)
+        self.step, self.seconds, self.meter.rows = state.step, state.seconds, list(state.rows)
         states = files.load_tensors(found.folder / files.OPTIMIZER)
         try:
-            self.optimizer.load_state_dict(states["optimizer"])
+            self.placement.load_optimizer(self._bare_optimizer, states["optimizer"])
             self.scheduler.load_state_dict(states["scheduler"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(
@@ -334,13 +372,14 @@ class Trainer:
                 "resume with the student and version it was written by."
             ) from error
         files.set_rng_state(files.load_tensors(found.folder / self._rng_file))
+        return found
 
     def _checkpoint_bytes(self) -> int:
         """Upper estimate of what the run will write: weights and two moments, for each kept checkpoint."""
         own = getattr(self._policy, "checkpoint_bytes", None)  # adapters alone are less than all weights
         tensors = self.forcing.state_dict() if own is None else self.forcing.projector_state_dict()
         weights = (own or 0) + sum(t.numel() * t.element_size() for t in tensors.values())
-        moments = 2 * sum(p.numel() * p.element_size() for p in self.parameters)
+        moments = 2 * sum(p.numel() * p.element_size() for p in self.forcing.parameters() if p.requires_grad)
         there = sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
         # One more than is kept lies there while it is written; the exported policy comes on top.
         return (self.config.keep + 1) * (weights + moments) + weights - there
@@ -369,8 +408,9 @@ class Trainer:
         """Export the bare policy and write result.json, the mark of a finished run."""
         metrics = read_metrics(self.config.output / METRICS)
         result = RunResult(self.config.output, self.step, metrics[-1], self.seconds, peak_memory())
-        if self._main:
-            export_policy(self._policy, self.config.output / POLICY)
-            write_result(result)
+        with self.placement.policy() as policy:
+            if self._main:
+                export_policy(policy, self.config.output / POLICY)
+                write_result(result)
         self.accelerator.wait_for_everyone()
         return result

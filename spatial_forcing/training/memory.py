@@ -38,16 +38,21 @@ class MemoryEstimate:
         )
 
 
-def estimate_memory(student: nn.Module, samples: int, projector: nn.Module | None = None) -> MemoryEstimate:
+def estimate_memory(
+    student: nn.Module, samples: int, projector: nn.Module | None = None, shards: int = 1
+) -> MemoryEstimate:
     """For one forward and backward of `samples` samples in one process, with the projector(s) beside it.
 
-    The projector's own activations are left out: a few tensors of one layer's visual tokens.
+    `shards` is the number of processes that share weights, gradients and moments. Left out are a block's
+    whole weights, which each of them gathers for a moment, and the projector's own activations: a few
+    tensors of one layer's visual tokens.
     """
     modules = [student] if projector is None else [student, projector]
     weights = sum(_bytes(t) for module in modules for t in (*module.parameters(), *module.buffers()))
     trained = sum(_bytes(p) for module in modules for p in module.parameters() if p.requires_grad)
     policy: Any = getattr(student, "policy", student)  # inside adapters
     told = getattr(policy, "activation_bytes", None)
+    weights, trained = weights // shards, trained // shards
     return MemoryEstimate(
         weights, trained, OPTIMIZER_COPIES * trained, None if told is None else int(told(samples))
     )

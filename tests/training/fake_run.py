@@ -1,6 +1,6 @@
 """A run with the fake student and teacher: what every test of the loop trains. Also a torchrun program:
 
-torchrun --nproc-per-node 2 tests/training/fake_run.py OUTPUT ALPHA ACCUMULATION
+torchrun --nproc-per-node 2 tests/training/fake_run.py OUTPUT ALPHA ACCUMULATION [shard] [interrupt]
 """
 
 from __future__ import annotations
@@ -90,5 +90,10 @@ if __name__ == "__main__":
     output, alpha, accumulation = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     shared = FakeBatches(8 // accumulation, process.process_index, process.num_processes)
     settings = {"batch_size": 8, "gradient_accumulation": accumulation, "steps": 4, "optim": STEADY}
-    run(output, alpha, batches=shared, **settings)
+
+    def broken_off(saved):
+        if "interrupt" in sys.argv and saved.step == 2:
+            raise KeyboardInterrupt
+
+    run(output, alpha, batches=shared, on_checkpoint=broken_off, shard="shard" in sys.argv, **settings)
     process.destroy_process_group()

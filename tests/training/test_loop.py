@@ -354,5 +354,5 @@ def test_the_teacher_is_in_no_checkpoint(tmp_path):
 
 def test_refuses_fsdp_and_says_what_works(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ConfigError, match=r"FSDP is not supported.*DDP.*spatial_forcing\.forcing\.shard"):
+    with pytest.raises(ConfigError, match=r"FSDP is not supported; start with .*torchrun. `shard`"):
         run(tmp_path / "run")
