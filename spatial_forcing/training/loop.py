@@ -143,7 +143,8 @@ class Trainer:
             if found is not None:
                 self._load_weights(found)
             self._prepare()
-            resumed = self._resume(found)
+            if found is not None:
+                self._load_state(found)
             title = f"train {self.config.output.name}"
             self.log = MetricLog(self.config.output / METRICS, self.step) if self._main else None
             with (
@@ -151,9 +152,9 @@ class Trainer:
                 Trackers(self.config, self.step, enabled=self._main) as self.trackers,
             ):
                 self.bar = bar
-                if resumed is not None:
+                if found is not None:
                     bar.say(f"resuming {self.config.output} after step {self.step} of {self.config.steps}")
-                    self._call(on_checkpoint, resumed, stop)
+                    self._call(on_checkpoint, found, stop)
                 self._loop(stop, on_checkpoint)
         return self._finish()
 
@@ -356,10 +357,8 @@ class Trainer:
         beside = found.folder / files.PROJECTOR
         self.forcing.load_projector_state_dict(load_file(beside) if beside.exists() else {})
 
-    def _resume(self, found: Checkpoint | None) -> Checkpoint | None:
-        """Load what else the checkpoint holds; returns it."""
-        if found is None:
-            return None
+    def _load_state(self, found: Checkpoint) -> None:
+        """What else the checkpoint holds."""
         state = files.read_state(found.folder)
         self.step, self.seconds, self.meter.rows = state.step, state.seconds, list(state.rows)
         states = files.load_tensors(found.folder / files.OPTIMIZER)
@@ -372,7 +371,6 @@ class Trainer:
                 "resume with the student and version it was written by."
             ) from error
         files.set_rng_state(files.load_tensors(found.folder / self._rng_file))
-        return found
 
     def _checkpoint_bytes(self) -> int:
         """Upper estimate of what the run will write: weights and two moments, for each kept checkpoint."""

@@ -2,7 +2,7 @@
 
     python studies/libero/study.py --output runs/libero-study
 
-Under an hour of one free core; `--demos 1 --held-out 1 --noise 0 --steps 2 --episodes 1` checks that
+An hour and a half of one free core; `--demos 1 --held-out 1 --noise 0 --steps 2 --episodes 1` checks that
 all stages fit together. The same command resumes. What it prints at the end is all it claims; with stand-in
 assets the table says so. What was run, and what came of it: FINDINGS.md.
 """
@@ -55,7 +55,7 @@ class Study:
     demos: int = 32
     held_out: int = 4
     noise: float = 0.3
-    steps: int = 2000
+    steps: int = 5000
     start_from: Path | None = None
     batch_size: int = 16
     seeds: tuple[int, ...] = (0,)

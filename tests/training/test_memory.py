@@ -23,6 +23,13 @@ def test_weights_gradients_and_moments_are_counted():
     assert "activations unknown" in str(found)
 
 
+def test_processes_that_share_weights_hold_a_part_each():
+    alone, both = (estimate_memory(small(), 1, shards=shards) for shards in (1, 2))
+    assert 2 * both.optimizer == alone.optimizer
+    assert (both.weights, both.gradients) == (alone.weights // 2, alone.gradients // 2)
+    assert both.activations == alone.activations
+
+
 def test_projectors_are_counted():
     student, pairs = FakeStudent(), ((1, -1), (2, -1))
     sizes = []
