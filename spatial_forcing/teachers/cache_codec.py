@@ -54,8 +54,8 @@ def encode(dtype: CacheDtype, values: Tensor) -> dict[str, NDArray[Any]]:
     parts = exact[..., :lead], exact[..., lead:]
     scales = [_largest(part) / top for part, top in zip(parts, (BYTE, NIBBLE), strict=True)]
     scale = torch.stack(scales, -1).to(torch.bfloat16)
-    nibbles = _codes(parts[1], scale[..., 1].float(), NIBBLE).to(torch.uint8) + 8  # wraps around: 1 to 15
-    packed = (nibbles[..., 0::2] & 15) | (nibbles[..., 1::2] & 15) << 4
+    nibbles = (_codes(parts[1], scale[..., 1].float(), NIBBLE) + NIBBLE + 1).to(torch.uint8)  # 1 to 15
+    packed = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
     codes = _codes(parts[0], scale[..., 0].float(), BYTE)
     return {"scale": _halves(scale), "lead": codes.cpu().numpy(), "layer": packed.cpu().numpy()}
 
@@ -73,7 +73,7 @@ def decode(dtype: CacheDtype, parts: Parts, device: torch.device | str = "cpu") 
     few, packed = lead.shape[-1], codes.shape[-1]
     values = torch.empty(*lead.shape[:-1], few + 2 * packed, device=device)
     torch.mul(lead, scale[..., :1], out=values[..., :few])
-    nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.int8) - 8
+    nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.int8) - (NIBBLE + 1)
     torch.mul(nibbles, scale[..., 1:], out=values[..., few:])
     return values
 
