@@ -276,9 +276,9 @@ class NanoVLA(nn.Module):
         """
         tokens, keep = self._embed(batch)
         mask = attention_mask(keep, tokens)
-        for block in self.layers[:-1]:
-            tokens = block(tokens, mask)
-        tokens = self.layers[-1](tokens, mask, last=0 if whole else self.config.chunk)
+        for number, block in enumerate(self.layers, 1):
+            few = number == self.config.depth and not whole
+            tokens = block(tokens, mask, self.config.chunk) if few else block(tokens, mask)
         return self.norm(tokens)[:, -self.config.chunk :]
 
     def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
