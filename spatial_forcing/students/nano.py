@@ -218,12 +218,17 @@ class NanoVLA(nn.Module):
             ConfigError: overlaps are given, but the head is not a flow.
         """
         with evaluating(self):
-            hidden = self._decode(self._collate(observations), whole=False)
+            hidden = self._decode(self._collate(observations), whole=self._watched)
             if overlaps is None:
                 actions = self.head.sample(hidden, generator)
             else:
                 actions = self._continue(hidden, generator, overlaps)
             return self.action_norm.denormalize(actions).float().cpu()
+
+    @property
+    def _watched(self) -> bool:
+        """Whether a tap reads what comes out of the last block."""
+        return any(part._forward_pre_hooks or part._forward_hooks for part in (self.norm, self.layers[-1]))
 
     @property
     def continues_chunks(self) -> bool:

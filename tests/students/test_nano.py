@@ -96,6 +96,16 @@ def test_act_is_deterministic_and_each_row_stands_alone(head):
     assert not torch.allclose(mixed[1], together[1])
 
 
+def test_a_tap_sees_the_whole_sequence_of_a_policy_that_acts():
+    nano, seen = student(), [observation(0)]
+    alone = nano.act(seen)
+    shapes = []
+    handle = nano.final_norm.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[1]))
+    torch.testing.assert_close(nano.act(seen), alone, atol=4e-6, rtol=1e-6)
+    handle.remove()
+    assert shapes == [nano.config.max_text + 2 * nano.config.grid**2 + 1 + nano.config.chunk]
+
+
 def test_noise_bound_to_episodes_survives_another_order():
     nano = student(head="flow")
     observations = [observation(i) for i in range(3)]
