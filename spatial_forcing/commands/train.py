@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from accelerate import PartialState
 from rich.console import Console
 
 from spatial_forcing.errors import CheckpointError, ConfigError
@@ -43,10 +44,14 @@ def train(prog: str, arguments: Sequence[str]) -> None:
         TrainConfig, prog=prog, description=description, default=starting_point(chosen), args=rest
     )
     result = run_training(config)
-    Console().print(
-        f"{result.steps} steps in {result.seconds:.0f} s, at most {result.peak_memory / 2**30:.1f} GiB. "
-        f"Run: {result.folder}, policy: {result.policy}"
-    )
+    state = PartialState()
+    if state.is_main_process:
+        Console().print(
+            f"{result.steps} steps in {result.seconds:.0f} s, at most {result.peak_memory / 2**30:.1f} GiB. "
+            f"Run: {result.folder}, policy: {result.policy}"
+        )
+    # An interpreter that is taken down with a group open can abort after all is written.
+    state.destroy_process_group()
 
 
 def starting_point(chosen: argparse.Namespace) -> TrainConfig:

@@ -67,10 +67,10 @@ class Sharded:
     @contextmanager
     def policy(self) -> Iterator[Any]:
         """See `Placement`; whole weights are in host memory for as long as this lasts."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = cast(dict[str, Tensor], get_model_state_dict(self._forcing.export(), options=whole))
+        options = _whole(cpu_offload=True)
+        state = cast(dict[str, Tensor], get_model_state_dict(self._forcing.export(), options=options))
         if self._hull is None:
             yield None
             return
@@ -82,17 +82,22 @@ class Sharded:
 
     def optimizer_state(self, optimizer: Optimizer) -> Mapping[str, Any]:
         """See `Placement`."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_optimizer_state_dict(self._forcing, optimizer, options=whole)
+        return get_optimizer_state_dict(self._forcing, optimizer, options=_whole(cpu_offload=True))
 
     def load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """See `Placement`."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self._forcing, optimizer, dict(state), options=options)
+        set_optimizer_state_dict(self._forcing, optimizer, dict(state), options=_whole())
+
+
+def _whole(cpu_offload: bool = False) -> Any:
+    """Options for states as they are without shards. Imported late: most runs have no shards."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
 
 
 def _own(tensor: Tensor) -> Tensor:
