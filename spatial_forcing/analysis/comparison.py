@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from spatial_forcing.analysis.held_out import HeldOut
 from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation.paired import (
     Outcomes,
@@ -21,10 +22,10 @@ from spatial_forcing.evaluation.paired import (
     macro_success,
     paired_difference,
     spread,
+    verdict_of,
 )
 from spatial_forcing.evaluation.planning import Plan, StepsToThreshold, sample_sizes, steps_to_threshold
 
-LEVEL = 0.05
 EFFECT = 0.05
 """The difference that the sample-size note plans for: five points."""
 
@@ -110,7 +111,10 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it. `plans` say how many seeds the first contrast would need to show `EFFECT` at 80 % power."""
+    """All of it. `plans` say how many seeds the first contrast would need to show `EFFECT` at 80 % power.
+
+    Without a simulator there are no rows, and `held_out` is what there is.
+    """
 
     rows: tuple[ArmRow, ...]
     contrasts: tuple[Contrast, ...]
@@ -121,13 +125,15 @@ class Comparison:
     episodes: int
     missing: tuple[str, ...]
     remarks: tuple[str, ...] = ()
+    held_out: HeldOut | None = None
 
     def sentences(self) -> list[str]:
         """The result in words, limits included."""
         said = [*self.remarks, *(contrast.sentence() for contrast in self.contrasts)]
-        if not self.contrasts:
+        if not (self.contrasts or (self.held_out and self.held_out.contrasts)):
             said.append("Nothing is compared yet: a difference needs two training seeds that both arms have.")
         said += [plan_sentence(plan, self.planned_for) for plan in self.plans[:1]]
+        said += self.held_out.sentences() if self.held_out else []
         if self.missing:
             said.append(f"Not finished and not counted: {', '.join(self.missing)}.")
         return said
@@ -161,8 +167,12 @@ class Comparison:
             )  # fmt: skip
         return text.getvalue()
 
+    def tables(self) -> list[Table]:
+        """What `rich.print` shows: success, then held-out errors, as far as they were measured."""
+        return [*([self.table()] if self.rows else []), *([self.held_out.table()] if self.held_out else [])]
+
     def table(self) -> Table:
-        """Arms with success, paired difference and cost, for `rich.print`."""
+        """Arms with success, paired difference and cost."""
         table = Table(
             title=f"Success in %, {len(self.seeds)} training seeds, {self.episodes} episodes each",
             caption=" ".join(
@@ -189,6 +199,11 @@ class Comparison:
                 "-" if row.act_ms is None else f"{row.act_ms:.1f}",
             )
         return table
+
+
+def without_rollouts(seeds: Sequence[int], missing: Sequence[str], held_out: HeldOut) -> Comparison:
+    """A comparison of held-out errors alone."""
+    return Comparison((), (), (), "", 0.0, tuple(seeds), 0, tuple(missing), held_out=held_out)
 
 
 def interval_text(s: Spread) -> str:
@@ -310,10 +325,3 @@ def _contrasts(groups: Groups, controls: Sequence[str], bootstraps: int) -> tupl
         Contrast(arm, control, fraction, d, adjusted[key], verdict_of(d.value, adjusted[key]))
         for key, (arm, control, fraction, d) in found.items()
     )
-
-
-def verdict_of(value: float, p_value: float) -> str:
-    """Better, worse or not shown, at a corrected p-value."""
-    if p_value >= LEVEL or value == 0:
-        return "not shown"
-    return "better" if value > 0 else "worse"

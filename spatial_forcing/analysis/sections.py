@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spatial_forcing.analysis.charts import Interval, Series, interval_chart, line_chart
-from spatial_forcing.analysis.comparison import ArmRow, Comparison
+from spatial_forcing.analysis.comparison import ArmRow, Comparison, Contrast
+from spatial_forcing.analysis.held_out import ErrorContrast, ErrorRow, HeldOut
 from spatial_forcing.analysis.report_data import PictureRow
 
 
@@ -57,24 +58,33 @@ class Section:
 
 def comparison_section(found: Comparison) -> Section:
     """Success over training seeds, paired differences, curves, cost."""
-    label = _labels(found.rows)
-    figures = [_success_figure(found.rows, label)]
-    if found.contrasts:
-        figures.append(_difference_figure(found, label))
-    if all(len(row.curve) > 1 for row in found.rows):
-        figures.append(_curve_figure(found, label))
-    if len({row.fraction for row in found.rows}) > 1:
-        figures.append(_data_figure(found))
+    figures: list[Figure] = []
+    tables: list[TableData] = []
+    if found.rows:
+        label = _labels(found.rows)
+        figures.append(_success_figure(found.rows, label))
+        if found.contrasts:
+            title = "Paired differences"
+            figures.append(_contrast_figure(found.contrasts, found.rows, title, "difference of success"))
+        if all(len(row.curve) > 1 for row in found.rows):
+            figures.append(_curve_figure(found, label))
+        if len({row.fraction for row in found.rows}) > 1:
+            figures.append(_data_figure(found))
+        differences = _contrast_table("differences", "Paired differences, in points", found.contrasts, label)
+        tables += [_arm_table(found, label), differences, _task_table(found, label)]
+    if found.held_out is not None:
+        figures += _error_figures(found.held_out)
+        tables += _error_tables(found.held_out)
     return Section(
         key="comparison",
         title="Comparison",
         text=tuple(found.sentences()),
         figures=tuple(figures),
-        tables=(_arm_table(found, label), _contrast_table(found, label), _task_table(found, label)),
+        tables=tuple(tables),
     )
 
 
-def _labels(rows: Sequence[ArmRow]) -> dict[tuple[str, float], str]:
+def _labels(rows: Sequence[ArmRow | ErrorRow]) -> dict[tuple[str, float], str]:
     several = len({row.fraction for row in rows}) > 1
     return {
         (row.arm, row.fraction): f"{row.arm}, {100 * row.fraction:g} % of data" if several else row.arm
@@ -110,8 +120,15 @@ def _success_figure(rows: Sequence[ArmRow], label: Labels) -> Figure:
     )
 
 
-def _difference_figure(found: Comparison, label: Labels) -> Figure:
-    number = {(row.arm, row.fraction): i for i, row in enumerate(found.rows)}
+def _contrast_figure(
+    contrasts: Sequence[Contrast | ErrorContrast],
+    rows: Sequence[ArmRow | ErrorRow],
+    title: str,
+    x_label: str,
+    text: str = "",
+) -> Figure:
+    label = _labels(rows)
+    number = {(row.arm, row.fraction): i for i, row in enumerate(rows)}
     marks = [
         (
             f"{label[c.arm, c.fraction]} minus {c.control}",
@@ -125,11 +142,10 @@ def _difference_figure(found: Comparison, label: Labels) -> Figure:
                 )
             ],
         )
-        for c in found.contrasts
+        for c in contrasts
     ]
-    title = "Paired differences"
-    svg = interval_chart(marks, title=title, x_label="difference of success", percent=True, signed=True)
-    return Figure(title, svg, "paired by training seed, hierarchical bootstrap, 95 % intervals")
+    svg = interval_chart(marks, title=title, x_label=x_label, percent=True, signed=True)
+    return Figure(title, svg, f"{text}paired by training seed, hierarchical bootstrap, 95 % intervals")
 
 
 def _curve_figure(found: Comparison, label: Labels) -> Figure:
@@ -187,10 +203,12 @@ def _arm_table(found: Comparison, label: Labels) -> TableData:
     )  # fmt: skip
 
 
-def _contrast_table(found: Comparison, label: Labels) -> TableData:
+def _contrast_table(
+    name: str, title: str, contrasts: Sequence[Contrast | ErrorContrast], label: Labels
+) -> TableData:
     return TableData(
-        "differences",
-        "Paired differences, in points",
+        name,
+        title,
         ("arm", "minus", "difference", "low", "high", "p", "p (Holm)", "verdict"),
         tuple(
             (
@@ -202,7 +220,7 @@ def _contrast_table(found: Comparison, label: Labels) -> TableData:
                 Cell.number(c.p_holm, "{:.3f}"),
                 Cell(c.verdict),
             )
-            for c in found.contrasts
+            for c in contrasts
         ),
     )  # fmt: skip
 
@@ -221,3 +239,30 @@ def _task_table(found: Comparison, label: Labels) -> TableData:
             for row in found.rows
         ),
     )
+
+
+def _error_figures(found: HeldOut) -> list[Figure]:
+    title, x_label = "Held-out error against the controls", "difference, part of the control's error"
+    if not found.contrasts:
+        return []
+    return [_contrast_figure(found.contrasts, found.rows, title, x_label, "left is better; ")]
+
+
+def _error_tables(found: HeldOut) -> list[TableData]:
+    label = _labels(found.rows)
+    errors = TableData(
+        "held-out",
+        f"Error on {found.episodes} held-out episodes, in standard deviations of the actions",
+        ("arm", "seeds", "error", "low", "high", "each seed"),
+        tuple(
+            (
+                Cell(label[row.arm, row.fraction]),
+                Cell(str(len(row.per_seed))),
+                *(Cell.number(v) for v in (row.mean, row.low, row.high)),
+                Cell(" ".join(f"{v:.3f}" for v in row.per_seed.values())),
+            )
+            for row in found.rows
+        ),
+    )
+    title = "Paired differences of the held-out error, % of the control's"
+    return [errors, _contrast_table("held-out-differences", title, found.contrasts, label)]

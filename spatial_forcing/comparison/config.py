@@ -34,7 +34,9 @@ class CompareConfig:
         set: settings (`setting=value`) of every arm that differ from the preset.
         steps: optimizer steps; none: the preset's.
         checkpoints: evaluations over training, evenly spaced, the last step included.
-        tasks: environments of the evaluation.
+        tasks: environments of the evaluation; empty: no simulator, `held_out` alone.
+        held_out: share of each task's demonstrations that no run trains on; the error of the predicted
+            actions there is reported too (see `evaluation.open_loop`), with or without a simulator.
         episodes: evaluation episodes of each task, the same for every run.
         first_episode: seed of the first of them. Choose others to confirm what a search has found.
         execute: actions of a chunk that are carried out before the policy is asked again.
@@ -57,6 +59,7 @@ class CompareConfig:
     steps: int | None = None
     checkpoints: int = 4
     tasks: tuple[str, ...] = QUICKSTART_TASKS
+    held_out: float = 0.0
     episodes: int = 20
     first_episode: int = EVALUATION_SEEDS[0]
     execute: int = 8
@@ -71,10 +74,15 @@ class CompareConfig:
         for name in ("checkpoints", "episodes", "parallel", "execute"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"compare.{name} is {getattr(self, name)}; expected at least 1.")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"compare.held_out is {self.held_out}; expected a share in [0, 1).")
         for name in ("arms", "controls", "seeds", "fractions", "tasks"):
             values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise ConfigError(f"compare.{name} is {values}; expected one or more, each once.")
+            if len(set(values)) != len(values) or not (values or (name == "tasks" and self.held_out)):
+                raise ConfigError(
+                    f"compare.{name} is {values}; expected one or more, each once."
+                    + (" Without a simulator give compare.held_out." if name == "tasks" else "")
+                )
         if any(not 0 < f <= 1 for f in self.fractions):
             raise ConfigError(f"compare.fractions is {self.fractions}; expected numbers in (0, 1].")
         names = [arm.name for arm in self.specs]
@@ -132,12 +140,17 @@ def cells(config: CompareConfig) -> list[Cell]:
 
 
 def train_config(
-    config: CompareConfig, cell: Cell, caches: Mapping[str, Path] | None = None, init: Path | None = None
+    config: CompareConfig,
+    cell: Cell,
+    caches: Mapping[str, Path] | None = None,
+    init: Path | None = None,
+    episodes: Sequence[int] | None = None,
 ) -> TrainConfig:
     """The training run of a cell.
 
     Args:
         config, cell: what is compared, and which run of it.
+        episodes: demonstrations that are not held out; None: all.
         caches: folders of cached features by teacher; None while they are not built.
         init: the initial student of a fused arm.
 
@@ -166,7 +179,11 @@ def train_config(
         overrides=overrides | {"teacher": teacher, "cache": None},
     )
     cache = None if teacher is None else (caches or {}).get(teacher.removeprefix(SHUFFLED))
-    return replace(found, cache=cache, init_from=init)
+    if episodes is not None and found.episodes is not None:
+        raise ConfigError("compare.held_out chooses the episodes; drop `episodes` from compare.set.")
+    return replace(
+        found, cache=cache, init_from=init, episodes=found.episodes if episodes is None else tuple(episodes)
+    )
 
 
 def target_teacher(config: CompareConfig, arm: ArmSpec) -> str | None:

@@ -20,7 +20,7 @@ def write_page(config: CompareConfig, found: Comparison, further: tuple[Section,
     data = ReportData(
         title="Comparison",
         subtitle=f"{len(config.arms)} arms, {len(config.seeds)} training seeds, {parts} of the "
-        f"demonstrations, {config.episodes} episodes of each of {len(config.tasks)} tasks",
+        f"demonstrations, {_measured(config)}",
         arms=(),
         notes=(
             "The arms of a training seed start from the same weights and see the same batches in the same "
@@ -34,3 +34,11 @@ def write_page(config: CompareConfig, found: Comparison, further: tuple[Section,
         commands=(f"spatial-forcing compare --config {config.output / 'compare.json'}",),
     )
     return write_report(data, config.output / PAGE)
+
+
+def _measured(config: CompareConfig) -> str:
+    by = [
+        f"{config.episodes} episodes of each of {len(config.tasks)} tasks" if config.tasks else "",
+        f"{100 * config.held_out:g} % of them held out" if config.held_out else "",
+    ]
+    return ", ".join(filter(None, by))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from spatial_forcing.analysis.comparison import Comparison, RunRecord, analyse
+from spatial_forcing.analysis.comparison import Comparison, RunRecord, analyse, without_rollouts
 from spatial_forcing.analysis.features import Frames
+from spatial_forcing.analysis.held_out import ErrorRecord, analyse_errors
 from spatial_forcing.comparison.config import (
     Cell,
     CompareConfig,
@@ -26,6 +28,7 @@ from spatial_forcing.data import Dataset
 from spatial_forcing.envs import make_env
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.evaluation import evaluate, read_results
+from spatial_forcing.evaluation.open_loop import open_loop_errors
 from spatial_forcing.evaluation.paired import outcomes
 from spatial_forcing.evaluation.results import EpisodeResult, remarks
 from spatial_forcing.evaluation.workers import MakeEnv, WorkerPool
@@ -39,10 +42,12 @@ from spatial_forcing.training import TrainConfig
 from spatial_forcing.training.arms import train_arms
 from spatial_forcing.training.checkpoint import checkpoint_name
 from spatial_forcing.training.fields import differences
+from spatial_forcing.training.parts import hold_out
 from spatial_forcing.training.run import CHECKPOINTS, open_run, read_result
 
 CONFIG, EPISODES, RESULT, TABLE = "compare.json", "episodes.jsonl", "comparison.json", "comparison.csv"
-ACT_TIME = "act_ms.json"
+HELD_OUT_TABLE = "held-out.csv"
+ACT_TIME, ERRORS = "act_ms.json", "held_out_errors.json"
 ACT_CALLS = 12
 GROWING = frozenset({"arms", "seeds", "fractions", "controls", "parallel", "output", "threshold"})
 """Settings that an existing comparison may change: they add runs or read them anew, and alter none."""
@@ -89,14 +94,20 @@ def compare(config: CompareConfig, console: Console | None = None, make: MakeEnv
     )
     # Seeds are finished one after the other (several at a time where there are cores), so that an
     # interrupted comparison still compares like with like.
-    with WorkerPool(config.parallel, make, environment_settings(config, runs[0])) as pool:
+    simulators = (
+        WorkerPool(config.parallel, make, environment_settings(config, runs[0]))
+        if config.tasks
+        else nullcontext()
+    )
+    with simulators as pool:
         for batch in batches(config, runs):
             if waiting := {r.cell.name: r.train for r in batch if not finished(r.train)}:
                 train_arms(waiting, parallel=config.parallel, console=console)
-            roll_out(config, batch, pool)
+            examine(config, batch, pool)
     found = read_comparison(config, runs)
     write(found, config.output)
-    console.print(found.table())
+    for table in found.tables():
+        console.print(table)
     for sentence in found.sentences():
         console.print(f"- {sentence}", highlight=False)
     return found
@@ -122,14 +133,16 @@ def check_folder(config: CompareConfig) -> None:
 def prepare(config: CompareConfig) -> list[Run]:
     """Check every run, then build the caches and initial students that they need."""
     plan = cells(config)
-    drafts = [train_config(config, cell) for cell in plan]  # wrong settings stop here, before any work
     dataset = Dataset.open(config.dataset)
+    kept = hold_out(dataset, config.held_out)[0] if config.held_out else None
+    # Wrong settings stop here, before any work.
+    drafts = [train_config(config, cell, episodes=kept) for cell in plan]
     caches = {
         teacher: _cache(config, dataset, teacher, layers, drafts[0].student.cameras)
         for teacher, layers in teacher_layers(drafts).items()
     }
     return [
-        Run(cell, train_config(config, cell, caches, _initial(config, cell, draft, dataset)))
+        Run(cell, train_config(config, cell, caches, _initial(config, cell, draft, dataset), kept))
         for cell, draft in zip(plan, drafts, strict=True)
     ]
 
@@ -181,14 +194,23 @@ def environment_settings(config: CompareConfig, run: Run) -> dict[str, Any]:
     return env
 
 
-def roll_out(config: CompareConfig, runs: Sequence[Run], pool: WorkerPool) -> None:
-    """Evaluate every checkpoint of these runs on the same episodes, and time one call of each policy."""
+def examine(config: CompareConfig, runs: Sequence[Run], pool: WorkerPool | None) -> None:
+    """Evaluate every checkpoint of these runs on the same episodes, and time one call of each policy.
+
+    Args:
+        config: what is compared.
+        runs: trained.
+        pool: simulators; None: held-out errors alone.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the simulators need the cores
     try:
         for run in runs:
             for step in evaluated_steps(run.train.steps, config.checkpoints):
-                _evaluate(config, run, step, pool)
+                if pool is not None:
+                    _evaluate(config, run, step, pool)
+                if config.held_out:
+                    _measure_errors(config, run, step)
             _time_policy(run)
     finally:
         torch.set_num_threads(threads)
@@ -207,6 +229,23 @@ def _evaluate(config: CompareConfig, run: Run, step: int, pool: WorkerPool) -> N
         out=run.episodes,
         tags=run.cell.tags | {"step": step},
     )
+
+
+def _measure_errors(config: CompareConfig, run: Run, step: int) -> None:
+    path = run.train.output / ERRORS
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if str(step) in known:
+        return
+    dataset = Dataset.open(config.dataset)
+    found = open_loop_errors(
+        load_student(run.policy(step)),
+        dataset,
+        hold_out(dataset, config.held_out)[1],
+        cameras=run.train.student.cameras,
+        execute=config.execute,
+    )
+    rows = [[task, episode, error] for (task, episode), error in found.items()]
+    write_json(path, {**known, str(step): rows})
 
 
 def _time_policy(run: Run) -> None:
@@ -231,13 +270,33 @@ def act_milliseconds(student: Student, frames: Frames, calls: int = ACT_CALLS) -
 
 def read_comparison(config: CompareConfig, runs: Sequence[Run]) -> Comparison:
     """The statistics of every finished run; those without a result or with missing episodes are named."""
+    errors = None
+    missing: list[str] = []
+    if config.held_out:
+        by_name = {run.cell.name: _errors(config, run) for run in runs}
+        measured = [record for record in by_name.values() if record is not None]
+        errors = analyse_errors(measured, controls=config.controls)
+        missing = [name for name, record in by_name.items() if record is None]
+        if not config.tasks:
+            return without_rollouts(sorted({record.seed for record in measured}), missing, errors)
     records = {run.cell.name: _record(config, run) for run in runs}
-    return analyse(
+    found = analyse(
         [record for record in records.values() if record is not None],
         controls=config.controls,
         threshold=config.threshold,
-        missing=[name for name, record in records.items() if record is None],
+        missing=[name for name, record in records.items() if record is None or name in missing],
     )
+    return replace(found, held_out=errors)
+
+
+def _errors(config: CompareConfig, run: Run) -> ErrorRecord | None:
+    path = run.train.output / ERRORS
+    known = json.loads(path.read_text()) if path.exists() else {}
+    steps = evaluated_steps(run.train.steps, config.checkpoints)
+    if read_result(run.train.output) is None or any(str(step) not in known for step in steps):
+        return None
+    errors = {step: {(task, int(n)): float(e) for task, n, e in known[str(step)]} for step in steps}
+    return ErrorRecord(run.cell.arm.name, run.cell.fraction, run.cell.seed, errors)
 
 
 def _record(config: CompareConfig, run: Run) -> RunRecord | None:
@@ -263,6 +322,13 @@ def _record(config: CompareConfig, run: Run) -> RunRecord | None:
 
 
 def write(found: Comparison, folder: Path) -> None:
-    """Write comparison.json and comparison.csv."""
+    """Write comparison.json, and comparison.csv and held-out.csv as far as they were measured."""
     write_json(folder / RESULT, found.to_json())
-    replace_file(folder / TABLE, lambda path: path.write_text(found.csv(), encoding="utf-8"))
+    if found.rows:
+        _write_text(folder / TABLE, found.csv())
+    if found.held_out is not None:
+        _write_text(folder / HELD_OUT_TABLE, found.held_out.csv())
+
+
+def _write_text(path: Path, text: str) -> None:
+    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))

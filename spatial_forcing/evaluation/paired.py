@@ -23,6 +23,8 @@ from scipy import stats
 from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation.results import EpisodeResult
 
+LEVEL = 0.05
+"""Of a corrected p-value below which a difference counts as shown."""
 BOOTSTRAPS = 10_000
 CHUNK = 500
 """Bootstrap draws made at a time, so that many seeds and tasks do not fill the memory."""
@@ -31,6 +33,8 @@ Outcomes = Mapping[tuple[str, int], bool]
 """Success by (task, episode seed) of one policy."""
 SeedOutcomes = Mapping[int, Outcomes]
 """Outcomes by training seed."""
+Errors = Mapping[tuple[str, int], float]
+"""A positive error by (task, episode) of one policy; lower is better."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,28 @@ class PairedDifference:
 
     def __str__(self) -> str:
         return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+@dataclass(frozen=True)
+class ErrorDifference:
+    """Mean over seeds of treated minus control as a part of the control's mean error; below 0 is better.
+
+    Attributes:
+        value, low, high: the estimate and its interval; -0.1: an error lower by a tenth.
+        p_value: of "no difference", two-sided, not corrected.
+        per_seed: differences by training seed, parts of the same mean.
+        episodes: in each seed.
+    """
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    per_seed: Mapping[int, float]
+    episodes: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:+.1f} % [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 
 @dataclass(frozen=True)
@@ -97,12 +123,17 @@ def outcomes(episodes: Iterable[EpisodeResult]) -> dict[tuple[str, int], bool]:
 
 def macro_success(found: Outcomes) -> float:
     """Success, an unweighted mean over tasks."""
-    by_task: dict[str, list[bool]] = {}
-    for (task, _), success in found.items():
-        by_task.setdefault(task, []).append(success)
-    if not by_task:
+    if not found:
         raise DataError("no episode, so there is no success rate; evaluate the policy first.")
-    return float(np.mean([np.mean(won) for won in by_task.values()]))
+    return macro_error(found)
+
+
+def macro_error(found: Errors) -> float:
+    """The mean over episodes, then, unweighted, over tasks."""
+    by_task: dict[str, list[float]] = {}
+    for (task, _), value in found.items():
+        by_task.setdefault(task, []).append(value)
+    return float(np.mean([np.mean(values) for values in by_task.values()]))
 
 
 def paired_difference(
@@ -149,6 +180,53 @@ def paired_difference(
         episode_sd=sqrt(float(within.mean())),
         episodes=int(counts[0].sum()),
     )
+
+
+def paired_error(
+    treated: Mapping[int, Errors],
+    control: Mapping[int, Errors],
+    *,
+    bootstraps: int = BOOTSTRAPS,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> ErrorDifference:
+    """`paired_difference` for errors: the same bootstrap and interval, as a part of the control's mean.
+
+    Args:
+        treated, control: by training seed, errors over the same episodes.
+        bootstraps, confidence, seed: see `paired_difference`.
+
+    Raises:
+        DataError: fewer than two common seeds, episodes that are not the same in all of them, or a control
+            without any error.
+    """
+    seeds = sorted(treated.keys() & control.keys())
+    episodes = sorted(treated[seeds[0]]) if seeds else []
+    if len(seeds) < 2 or not episodes:
+        raise DataError(f"the arms share the training seeds {seeds}; a difference needs at least two.")
+    if any(sorted(found[s]) != episodes for s in seeds for found in (treated, control)):
+        raise DataError("the errors are not over the same episodes in all arms and training seeds.")
+    level = float(np.mean([macro_error(control[s]) for s in seeds]))
+    if level <= 0:
+        raise DataError("the control's error is 0, so that no difference can be a part of it.")
+    columns = [
+        np.array([[treated[s][key] - control[s][key] for key in episodes if key[0] == task] for s in seeds])
+        for task in sorted({task for task, _ in episodes})
+    ]
+    by_seed = np.mean([values.mean(1) for values in columns], axis=0) / level
+    rng = np.random.default_rng(seed)
+    means = []
+    for start in range(0, bootstraps, CHUNK):
+        drawn = rng.integers(len(seeds), size=(min(CHUNK, bootstraps - start), len(seeds)))
+        again = [
+            v[drawn[..., None], rng.integers(v.shape[1], size=(*drawn.shape, v.shape[1]))] for v in columns
+        ]
+        means.append(np.mean([values.mean((1, 2)) for values in again], axis=0))
+    error = float(np.concatenate(means).std()) / level * sqrt(len(seeds) / (len(seeds) - 1))
+    value = float(by_seed.mean())
+    low, high, p_value = _student(value, error, len(seeds), confidence)
+    per_seed = dict(zip(seeds, map(float, by_seed), strict=True))
+    return ErrorDifference(value, low, high, p_value, per_seed, len(episodes))
 
 
 def _discordant(
@@ -221,6 +299,13 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
+def verdict_of(gain: float, p_value: float) -> str:
+    """Better, worse or not shown, at a corrected p-value; a `gain` above 0 is better."""
+    if p_value >= LEVEL or gain == 0:
+        return "not shown"
+    return "better" if gain > 0 else "worse"
+
+
 def spread(arm: SeedOutcomes, confidence: float = 0.95) -> Spread:
     """How an arm's success varies over its training seeds; one seed has no interval (it is [0, 1])."""
     values = np.array([macro_success(found) for found in arm.values()])
@@ -229,9 +314,14 @@ def spread(arm: SeedOutcomes, confidence: float = 0.95) -> Spread:
     mean, low, high, sd = float(values.mean()), 0.0, 1.0, 0.0
     if len(values) > 1:
         sd = float(values.std(ddof=1))
-        reach = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * sd / sqrt(len(values))
+        reach = mean_reach(sd, len(values), confidence)
         low, high = max(0.0, mean - reach), min(1.0, mean + reach)
     return Spread(mean, low, high, sd, float(values.min()), float(values.max()), len(values))
+
+
+def mean_reach(sd: float, seeds: int, confidence: float = 0.95) -> float:
+    """Half the width of Student's interval of a mean over two or more seeds."""
+    return float(stats.t.ppf((1 + confidence) / 2, seeds - 1)) * sd / sqrt(seeds)
 
 
 def mcnemar(first: Outcomes, second: Outcomes) -> McNemar:

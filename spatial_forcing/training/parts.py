@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -191,11 +191,38 @@ def select_episodes(dataset: Dataset, config: TrainConfig) -> list[int]:
             f"episodes {missing} are not in {config.dataset}, which has {len(dataset.episodes)}; "
             "drop them from `episodes`."
         )
+    orders = _shuffled_by_task(dataset, wanted)
+    return sorted(n for numbers in orders for n in numbers[: math.ceil(config.fraction * len(numbers))])
+
+
+def hold_out(dataset: Dataset, share: float) -> tuple[list[int], list[int]]:
+    """Episodes to train on and episodes that are kept from it: of each task the same `share`, rounded up.
+
+    As in `select_episodes` the choice depends on the dataset alone.
+
+    Raises:
+        ConfigError: a task with one episode, or one that would have none left to train on.
+    """
+    kept: list[int] = []
+    held: list[int] = []
+    for numbers in _shuffled_by_task(dataset, range(len(dataset.episodes))):
+        count = math.ceil(share * len(numbers))
+        if count >= len(numbers):
+            raise ConfigError(
+                f"{share:g} of the {len(numbers)} episodes of {dataset.episodes[numbers[0]].task!r} are to "
+                f"be held out, which leaves none to train on; record more of them, or hold out less."
+            )
+        held += numbers[len(numbers) - count :]
+        kept += numbers[: len(numbers) - count]
+    return sorted(kept), sorted(held)
+
+
+def _shuffled_by_task(dataset: Dataset, wanted: Iterable[int]) -> list[list[int]]:
+    """The episodes `wanted`, task by task, in an order that only their number and the task decide."""
     by_task: dict[str, list[int]] = {}
     for number in wanted:
         by_task.setdefault(dataset.episodes[number].task, []).append(number)
-    chosen: list[int] = []
-    for task, numbers in by_task.items():
-        order = np.random.default_rng(zlib.crc32(task.encode())).permutation(len(numbers))
-        chosen += [numbers[i] for i in order[: math.ceil(config.fraction * len(numbers))]]
-    return sorted(chosen)
+    return [
+        [numbers[i] for i in np.random.default_rng(zlib.crc32(task.encode())).permutation(len(numbers))]
+        for task, numbers in by_task.items()
+    ]

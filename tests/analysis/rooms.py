@@ -22,8 +22,11 @@ def room(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return image, np.exp(log).astype(np.float32)
 
 
-def write_rooms(root: Path, episodes: int = 10, frames: int = 8) -> Dataset:
+def write_rooms(root: Path, episodes: int = 10, frames: int = 8, moving: bool = False) -> Dataset:
+    """Actions are zero, or with `moving` random but for the last number."""
     rng = np.random.default_rng(0)
+    moves = np.random.default_rng(1)
+    scale = np.array([1, 1, 0] if moving else [0, 0, 0], np.float32)
     with DatasetWriter.create(
         root,
         fps=10,
@@ -40,7 +43,7 @@ def write_rooms(root: Path, episodes: int = 10, frames: int = 8) -> Dataset:
                         "images": {"front": front[0], "wrist": wrist[0]},
                         "depth": {"front": front[1], "wrist": wrist[1]},
                         "state": np.zeros(4, np.float32),
-                        "action": np.zeros(3, np.float32),
+                        "action": scale * moves.standard_normal(3).astype(np.float32),
                     },
                     "measure the room",
                 )

@@ -119,3 +119,19 @@ def test_every_configuration_of_the_study_is_valid(path):
     for cell in cells(compared):
         run = train_config(compared, cell)
         assert evaluated_steps(run.steps, compared.checkpoints)[-1] == run.steps
+
+
+def test_tasks_may_be_empty_only_where_demonstrations_are_held_out(tmp_path):
+    assert config(tmp_path, tasks=(), held_out=0.2).tasks == ()
+    with pytest.raises(ConfigError, match=r"Without a simulator give compare\.held_out"):
+        config(tmp_path, tasks=())
+    with pytest.raises(ConfigError, match=r"held_out is 1.0; expected a share"):
+        config(tmp_path, held_out=1.0)
+
+
+def test_held_out_and_chosen_episodes_exclude_each_other(tmp_path):
+    chosen = config(tmp_path, held_out=0.2, set=("episodes=[0,1]",))
+    cell = cells(chosen)[0]
+    with pytest.raises(ConfigError, match="held_out chooses the episodes"):
+        train_config(chosen, cell, episodes=[0, 2])
+    assert train_config(config(tmp_path, held_out=0.2), cell, episodes=[0, 2]).episodes == (0, 2)

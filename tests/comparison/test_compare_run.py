@@ -40,6 +40,11 @@ def settings(rooms, output, **changes):
     return CompareConfig(dataset=rooms, output=output, **{**defaults, **changes})
 
 
+@pytest.fixture(scope="module")
+def moving_rooms(tmp_path_factory):
+    return write_rooms(tmp_path_factory.mktemp("moving") / "data", episodes=4, frames=3, moving=True).root
+
+
 @pytest.fixture
 def trained(monkeypatch):
     """Trains in this process, and notes what was trained and evaluated."""
@@ -106,6 +111,63 @@ def test_comparison_is_matched_resumes_and_grows(rooms, tmp_path, trained, evalu
 
     with pytest.raises(ConfigError, match=r"other settings \(episodes: 2 there, 3 asked for\)"):
         compare(settings(rooms, config.output, episodes=3), QUIET, make_room)
+
+
+def no_environment(task, **kwargs):
+    raise AssertionError("a comparison without tasks made an environment")
+
+
+def test_without_a_simulator_arms_are_compared_on_held_out_demonstrations(
+    moving_rooms, tmp_path, trained, monkeypatch
+):
+    config = settings(moving_rooms, tmp_path / "out", arms=("alpha0", "sf"), tasks=(), held_out=0.3, steps=4)
+    found = compare(config, QUIET, no_environment)
+    kept, held = module.hold_out(Dataset.open(moving_rooms), 0.3)
+    assert len(held) == 2
+    assert [run.episodes for _, run in trained] == [tuple(kept)] * 4
+    assert found.rows == ()
+    assert found.held_out.episodes == 2
+    assert [row.arm for row in found.held_out.rows] == ["alpha0", "sf"]
+    assert [sorted(row.curve) for row in found.held_out.rows] == [[2, 4]] * 2
+    assert found.held_out.contrasts[0].control == "alpha0"
+    # What a policy of another step or another seed would have.
+    errors = {e for row in found.held_out.rows for e in (*row.per_seed.values(), *row.curve.values())}
+    assert len(errors) == 8
+    assert min(errors) > 0.2
+    assert (config.output / "held-out.csv").read_text().count("\n") == 3
+    assert not (config.output / "comparison.csv").exists()
+    page = write_page(config, found).read_text()
+    assert "Held-out error against the controls" in page
+    assert "30 % of them held out" in page
+
+    trained.clear()
+    monkeypatch.setattr(module, "open_loop_errors", no_environment)
+    assert compare(config, QUIET, no_environment).to_json() == found.to_json()
+    assert trained == []
+    with pytest.raises(ConfigError, match=r"held_out: 0.3 there, 0.5 asked for"):
+        compare(
+            settings(moving_rooms, config.output, arms=("alpha0", "sf"), tasks=(), held_out=0.5, steps=4),
+            QUIET,
+        )
+
+
+def test_held_out_errors_stand_beside_success(moving_rooms, tmp_path, trained, evaluated):
+    config = settings(moving_rooms, tmp_path / "out", arms=("alpha0", "sf"), held_out=0.25, checkpoints=1)
+    found = compare(config, QUIET, make_room)
+    assert [row.success.mean for row in found.rows] == [0.5, 0.5]
+    assert found.held_out.episodes == 1
+    assert sum(s.startswith("Held-out error, sf against alpha0") for s in found.sentences()) == 1
+    assert len(found.tables()) == 2
+    torch.testing.assert_close(
+        found.held_out.contrasts[0].difference.value,
+        found.held_out.rows[1].mean / found.held_out.rows[0].mean - 1,
+    )
+    # A file of errors that is gone is measured again, and nothing else.
+    (config.output / "runs" / "sf-seed1" / module.ERRORS).unlink()
+    trained.clear()
+    evaluated.clear()
+    assert compare(config, QUIET, make_room).to_json() == found.to_json()
+    assert trained == evaluated == []
 
 
 def test_a_kill_between_runs_loses_no_finished_work(rooms, tmp_path, trained, evaluated, monkeypatch):

@@ -8,10 +8,12 @@ from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.evaluation.paired import (
     bootstrap_error,
     holm,
+    macro_error,
     macro_success,
     mcnemar,
     outcomes,
     paired_difference,
+    paired_error,
     spread,
 )
 from spatial_forcing.evaluation.planning import (
@@ -90,6 +92,65 @@ def test_difference_is_antisymmetric_in_range_and_consistent_with_its_p_value(nu
     assert -1 <= forth.low <= forth.value <= forth.high <= 1
     assert (forth.low > 0 or forth.high < 0) == (forth.p_value < 0.05) or forth.p_value == 2.0 ** (1 - seeds)
     assert forth.value == pytest.approx(np.mean(list(forth.per_task.values())))
+
+
+def error_arm(rng, levels, episodes=40):
+    return {
+        s: {(t, n): level + 0.3 * rng.standard_normal() for t in "ab" for n in range(episodes)}
+        for s, level in enumerate(levels)
+    }
+
+
+def test_error_difference_is_students_over_seeds_as_a_part_of_the_controls_error():
+    rng = np.random.default_rng(3)
+    treated, control = (error_arm(rng, levels, 3000) for levels in ([1.8, 1.5, 1.9], [2.0, 1.9, 2.2]))
+    found = paired_error(treated, control)
+    first, second = ([macro_error(a[s]) for s in range(3)] for a in (treated, control))
+    reference = stats.ttest_rel(first, second)
+    interval = reference.confidence_interval(0.95)
+    level = np.mean(second)
+    assert found.value == pytest.approx((np.mean(first) - level) / level)
+    assert found.p_value == pytest.approx(reference.pvalue, rel=0.05)
+    assert (found.low, found.high) == pytest.approx((interval.low / level, interval.high / level), abs=0.01)
+    assert list(found.per_seed.values()) == pytest.approx(np.subtract(first, second) / level)
+    assert found.episodes == 6000
+
+
+def test_noise_of_few_episodes_widens_the_interval():
+    """Two stages: the spread of seeds, and the noise of their episodes."""
+    rng = np.random.default_rng(4)
+    treated, control = error_arm(rng, [2.0] * 4, 5), error_arm(rng, [2.0] * 4, 5)
+    found = paired_error(treated, control, bootstraps=20_000)
+    differences = np.array(
+        [[[treated[s][t, n] - control[s][t, n] for n in range(5)] for t in "ab"] for s in range(4)]
+    )
+    within = differences.var(-1).mean(0).sum() / 4 / 5  # of a seed's mean over two tasks
+    expected = np.sqrt((differences.mean((1, 2)).var() + within) / 4 * 4 / 3) / 2.0
+    reach = (found.high - found.low) / 2 / stats.t.ppf(0.975, 3)
+    assert reach == pytest.approx(expected, rel=0.05)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.01, 100))
+def test_the_unit_of_an_error_does_not_matter(number, unit):
+    rng = np.random.default_rng(number)
+    a, b = (error_arm(rng, rng.uniform(2, 3, 3), 4) for _ in range(2))
+    plain = paired_error(a, b, bootstraps=300)
+    scaled = [{s: {k: unit * v for k, v in e.items()} for s, e in found.items()} for found in (a, b)]
+    again = paired_error(*scaled, bootstraps=300)
+    assert (again.value, again.low, again.high) == pytest.approx((plain.value, plain.low, plain.high))
+    assert again.p_value == pytest.approx(plain.p_value)
+
+
+def test_errors_that_do_not_match_are_refused():
+    rng = np.random.default_rng(0)
+    a, b = error_arm(rng, [2.0, 2.0], 3), error_arm(rng, [2.0, 2.0], 4)
+    with pytest.raises(DataError, match="same episodes"):
+        paired_error(a, b)
+    with pytest.raises(DataError, match=r"share the training seeds \[0\]"):
+        paired_error({0: a[0]}, a)
+    with pytest.raises(DataError, match="error is 0"):
+        paired_error(a, {s: dict.fromkeys(e, 0.0) for s, e in a.items()})
 
 
 def test_agreement_of_every_episode_is_no_more_than_a_sign_flip_test_shows():

@@ -17,7 +17,7 @@ from spatial_forcing.students.parity import example_observations
 from spatial_forcing.teachers.cache_build import build_cache
 from spatial_forcing.teachers.cache_source import dataset_source
 from spatial_forcing.training import OptimConfig, TrainConfig, build_parts, train
-from spatial_forcing.training.parts import select_episodes
+from spatial_forcing.training.parts import hold_out, select_episodes
 from tests.fakes import CAMERAS, FakeTeacher
 from tests.training.fake_run import curve, weights
 
@@ -175,6 +175,19 @@ def test_fractions_are_nested_and_take_the_same_part_of_each_task(folders, tmp_p
     batches = build_parts(make_config(folders, tmp_path, 0.0, fraction=0.3)).batches
     seen = {int(e) for step in range(6) for e in batches.batch(step)["episode_index"]}
     assert seen == set(chosen[0])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_held_out_episodes_are_a_part_of_each_task_and_nothing_trains_on_them(folders, tmp_path, share):
+    dataset = Dataset.open(folders / "data")
+    kept, held = hold_out(dataset, share)
+    assert sorted(kept + held) == list(range(len(LENGTHS)))
+    assert {dataset.episodes[n].task for n in held} == {dataset.episodes[n].task for n in kept}
+    batches = build_parts(make_config(folders, tmp_path, 0.0, episodes=tuple(kept))).batches
+    seen = {int(e) for step in range(6) for e in batches.batch(step)["episode_index"]}
+    assert seen <= set(kept)
+    with pytest.raises(ConfigError, match="leaves none to train on"):
+        hold_out(dataset, 0.9)
 
 
 def test_missing_episodes_and_folders_are_named(folders, tmp_path):

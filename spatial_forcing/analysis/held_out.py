@@ -1,0 +1,217 @@
+"""What a matched comparison shows without a simulator: the error on demonstrations that were held out."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from spatial_forcing.errors import DataError
+from spatial_forcing.evaluation.paired import (
+    ErrorDifference,
+    Errors,
+    holm,
+    macro_error,
+    mean_reach,
+    paired_error,
+    verdict_of,
+)
+
+MEANING = (
+    "The held-out error says how well demonstrations are predicted, not how often a task is solved: it can "
+    "show that arms differ, and cannot show that a robot does better."
+)
+
+
+@dataclass(frozen=True)
+class ErrorRecord:
+    """One finished run: which, and its errors by training step (see `evaluation.open_loop`)."""
+
+    arm: str
+    fraction: float
+    seed: int
+    errors: Mapping[int, Errors]
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """An arm on a part of the data.
+
+    Attributes:
+        arm, fraction: which.
+        mean: error after the last step, over training seeds, in standard deviations of the actions.
+        low, high: 95 % interval of the mean; None with one seed.
+        per_seed: after the last step.
+        curve: mean over seeds by step.
+    """
+
+    arm: str
+    fraction: float
+    mean: float
+    low: float | None
+    high: float | None
+    per_seed: Mapping[int, float]
+    curve: Mapping[int, float]
+
+    def __str__(self) -> str:
+        known = self.low is not None and self.high is not None
+        return f"{self.mean:.4f} " + (f"[{self.low:.4f}, {self.high:.4f}]" if known else "(one seed)")
+
+
+@dataclass(frozen=True)
+class ErrorContrast:
+    """An arm minus a control; see `comparison.Contrast`. A lower error is better."""
+
+    arm: str
+    control: str
+    fraction: float
+    difference: ErrorDifference
+    p_holm: float
+    verdict: str
+
+    def sentence(self) -> str:
+        """What was found, in words."""
+        part = "" if self.fraction == 1 else f" on {100 * self.fraction:g} % of the demonstrations"
+        found = (
+            f"Held-out error, {self.arm} against {self.control}{part}: {self.difference} over "
+            f"{len(self.difference.per_seed)} training seeds (95 % interval), Holm-corrected "
+            f"p = {self.p_holm:.3f}."
+        )
+        if self.verdict == "not shown":
+            return f"{found} A difference is not shown."
+        return f"{found} {self.arm} predicts {self.verdict} than {self.control} here."
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """All of it; `episodes` were held out."""
+
+    rows: tuple[ErrorRow, ...]
+    contrasts: tuple[ErrorContrast, ...]
+    episodes: int
+
+    def sentences(self) -> list[str]:
+        """The result in words, limits included."""
+        return [*(contrast.sentence() for contrast in self.contrasts), MEANING]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        plain: dict[str, Any] = asdict(self)
+        return plain | {"sentences": self.sentences()}
+
+    def csv(self) -> str:
+        """One line for each arm and control."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(
+            ["arm", "fraction", "seeds", "error", "low", "high", "control", "relative_difference",
+             "difference_low", "difference_high", "p", "p_holm", "verdict"]
+        )  # fmt: skip
+        for row in self.rows:
+            own = [row.arm, row.fraction, len(row.per_seed), row.mean, row.low, row.high]
+            mine = self.contrasts_of(row)
+            for c in mine:
+                d = c.difference
+                writer.writerow([*own, c.control, d.value, d.low, d.high, d.p_value, c.p_holm, c.verdict])
+            if not mine:
+                writer.writerow([*own, *[""] * 7])
+        return text.getvalue()
+
+    def contrasts_of(self, row: ErrorRow) -> list[ErrorContrast]:
+        """Those of one arm on one part of the data."""
+        return [c for c in self.contrasts if (c.arm, c.fraction) == (row.arm, row.fraction)]
+
+    def table(self) -> Table:
+        """Arms with their error and paired differences, for `rich.print`."""
+        table = Table(
+            title=f"Error on {self.episodes} held-out episodes, in standard deviations of the actions",
+            caption="95 % intervals over seeds; lower is better.",
+        )
+        for column in ("arm", "data", "error", "against control", "p (Holm)", "verdict"):
+            table.add_column(column)
+        for row in self.rows:
+            mine = self.contrasts_of(row)
+            table.add_row(
+                row.arm,
+                f"{100 * row.fraction:g} %",
+                str(row),
+                "\n".join(f"{c.difference} ({c.control})" for c in mine) or "-",
+                "\n".join(f"{c.p_holm:.3f}" for c in mine) or "-",
+                "\n".join(c.verdict for c in mine) or "-",
+            )
+        return table
+
+
+Groups = Mapping[tuple[str, float], Mapping[int, ErrorRecord]]
+
+
+def analyse_errors(
+    runs: Sequence[ErrorRecord], *, controls: Sequence[str], bootstraps: int = 10_000
+) -> HeldOut:
+    """From finished runs to rows, contrasts and words.
+
+    Args:
+        runs: of any arms, parts and seeds; each is compared where its partner is there.
+        controls: as in `comparison.analyse`.
+        bootstraps: draws for each interval.
+
+    Raises:
+        DataError: no run, or arms with different episodes.
+    """
+    if not runs:
+        raise DataError("no run is finished, so there is no held-out error to compare.")
+    groups: dict[tuple[str, float], dict[int, ErrorRecord]] = {}
+    for run in runs:
+        groups.setdefault((run.arm, run.fraction), {})[run.seed] = run
+    return HeldOut(
+        rows=tuple(_row(arm, fraction, found) for (arm, fraction), found in groups.items()),
+        contrasts=_contrasts(groups, controls, bootstraps),
+        episodes=len(_last(runs[0])),
+    )
+
+
+def _last(run: ErrorRecord) -> Errors:
+    return run.errors[max(run.errors)]
+
+
+def _row(arm: str, fraction: float, found: Mapping[int, ErrorRecord]) -> ErrorRow:
+    curves = {s: {step: macro_error(e) for step, e in run.errors.items()} for s, run in found.items()}
+    steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
+    per_seed = {s: curve[max(curve)] for s, curve in curves.items()}
+    values = np.array(list(per_seed.values()))
+    mean = float(values.mean())
+    reach = mean_reach(float(values.std(ddof=1)), len(values)) if len(values) > 1 else None
+    return ErrorRow(
+        arm=arm,
+        fraction=fraction,
+        mean=mean,
+        low=None if reach is None else max(0.0, mean - reach),
+        high=None if reach is None else mean + reach,
+        per_seed=per_seed,
+        curve={step: float(np.mean([curve[step] for curve in curves.values()])) for step in steps},
+    )
+
+
+def _contrasts(groups: Groups, controls: Sequence[str], bootstraps: int) -> tuple[ErrorContrast, ...]:
+    found: dict[str, tuple[str, str, float, ErrorDifference]] = {}
+    for position, control in enumerate(controls):
+        for (arm, fraction), treated in groups.items():
+            other = groups.get((control, fraction), {})
+            if arm in controls[: position + 1] or len(treated.keys() & other.keys()) < 2:
+                continue
+            difference = paired_error(
+                {seed: _last(run) for seed, run in treated.items()},
+                {seed: _last(run) for seed, run in other.items()},
+                bootstraps=bootstraps,
+            )
+            found[f"{arm}|{control}|{fraction}"] = (arm, control, fraction, difference)
+    adjusted = holm({key: entry[-1].p_value for key, entry in found.items()})
+    return tuple(
+        ErrorContrast(arm, control, fraction, d, adjusted[key], verdict_of(-d.value, adjusted[key]))
+        for key, (arm, control, fraction, d) in found.items()
+    )
