@@ -30,12 +30,18 @@ MEANING = (
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """One finished run: which, and its errors by training step (see `evaluation.open_loop`)."""
+    """One finished run: which, its errors by training step (see `evaluation.open_loop`), and its cost.
+
+    `seconds`, `peak_memory` and `act_ms` are those of `comparison.RunRecord`.
+    """
 
     arm: str
     fraction: float
     seed: int
     errors: Mapping[int, Errors]
+    seconds: float
+    peak_memory: int
+    act_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class ErrorRow:
         low, high: 95 % interval of the mean; None with one seed.
         per_seed: after the last step.
         curve: mean over seeds by step.
+        seconds, peak_memory, act_ms: mean wall clock, largest memory, median time of one policy call.
     """
 
     arm: str
@@ -57,6 +64,9 @@ class ErrorRow:
     high: float | None
     per_seed: Mapping[int, float]
     curve: Mapping[int, float]
+    seconds: float
+    peak_memory: int
+    act_ms: float | None
 
     def __str__(self) -> str:
         known = self.low is not None and self.high is not None
@@ -109,11 +119,13 @@ class HeldOut:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(
-            ["arm", "fraction", "seeds", "error", "low", "high", "control", "relative_difference",
-             "difference_low", "difference_high", "p", "p_holm", "verdict"]
+            ["arm", "fraction", "seeds", "error", "low", "high", "train_seconds", "peak_memory_bytes",
+             "act_ms", "control", "relative_difference", "difference_low", "difference_high", "p", "p_holm",
+             "verdict"]
         )  # fmt: skip
         for row in self.rows:
-            own = [row.arm, row.fraction, len(row.per_seed), row.mean, row.low, row.high]
+            cost = [row.seconds, row.peak_memory, row.act_ms]
+            own = [row.arm, row.fraction, len(row.per_seed), row.mean, row.low, row.high, *cost]
             mine = self.contrasts_of(row)
             for c in mine:
                 d = c.difference
@@ -134,6 +146,8 @@ class HeldOut:
         )
         for column in ("arm", "data", "error", "against control", "p (Holm)", "verdict"):
             table.add_column(column)
+        for column in ("train s", "act ms"):
+            table.add_column(column, justify="right")
         for row in self.rows:
             mine = self.contrasts_of(row)
             table.add_row(
@@ -143,6 +157,8 @@ class HeldOut:
                 "\n".join(f"{c.difference} ({c.control})" for c in mine) or "-",
                 "\n".join(f"{c.p_holm:.3f}" for c in mine) or "-",
                 "\n".join(c.verdict for c in mine) or "-",
+                f"{row.seconds:.0f}",
+                "-" if row.act_ms is None else f"{row.act_ms:.1f}",
             )
         return table
 
@@ -186,6 +202,7 @@ def _row(arm: str, fraction: float, found: Mapping[int, ErrorRecord]) -> ErrorRo
     values = np.array(list(per_seed.values()))
     mean = float(values.mean())
     reach = mean_reach(float(values.std(ddof=1)), len(values)) if len(values) > 1 else None
+    times = [run.act_ms for run in found.values() if run.act_ms is not None]
     return ErrorRow(
         arm=arm,
         fraction=fraction,
@@ -194,6 +211,9 @@ def _row(arm: str, fraction: float, found: Mapping[int, ErrorRecord]) -> ErrorRo
         high=None if reach is None else mean + reach,
         per_seed=per_seed,
         curve={step: float(np.mean([curve[step] for curve in curves.values()])) for step in steps},
+        seconds=float(np.mean([run.seconds for run in found.values()])),
+        peak_memory=max(run.peak_memory for run in found.values()),
+        act_ms=float(np.median(times)) if times else None,
     )
 
 

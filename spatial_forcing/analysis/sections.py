@@ -253,13 +253,26 @@ def _error_tables(found: HeldOut) -> list[TableData]:
     errors = TableData(
         "held-out",
         f"Error on {found.episodes} held-out episodes, in standard deviations of the actions",
-        ("arm", "seeds", "error", "low", "high", "each seed"),
+        (
+            "arm",
+            "seeds",
+            "error",
+            "low",
+            "high",
+            "each seed",
+            "training, s",
+            "peak memory, GiB",
+            "one call, ms",
+        ),
         tuple(
             (
                 Cell(label[row.arm, row.fraction]),
                 Cell(str(len(row.per_seed))),
                 *(Cell.number(v) for v in (row.mean, row.low, row.high)),
                 Cell(" ".join(f"{v:.3f}" for v in row.per_seed.values())),
+                Cell.number(row.seconds, "{:.0f}"),
+                Cell.number(row.peak_memory / 2**30, "{:.2f}"),
+                Cell.number(row.act_ms, "{:.1f}"),
             )
             for row in found.rows
         ),

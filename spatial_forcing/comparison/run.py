@@ -292,11 +292,19 @@ def read_comparison(config: CompareConfig, runs: Sequence[Run]) -> Comparison:
 def _errors(config: CompareConfig, run: Run) -> ErrorRecord | None:
     path = run.train.output / ERRORS
     known = json.loads(path.read_text()) if path.exists() else {}
+    result = read_result(run.train.output)
     steps = evaluated_steps(run.train.steps, config.checkpoints)
-    if read_result(run.train.output) is None or any(str(step) not in known for step in steps):
+    if result is None or any(str(step) not in known for step in steps):
         return None
-    errors = {step: {(task, int(n)): float(e) for task, n, e in known[str(step)]} for step in steps}
-    return ErrorRecord(run.cell.arm.name, run.cell.fraction, run.cell.seed, errors)
+    return ErrorRecord(
+        arm=run.cell.arm.name,
+        fraction=run.cell.fraction,
+        seed=run.cell.seed,
+        errors={step: {(task, int(n)): float(e) for task, n, e in known[str(step)]} for step in steps},
+        seconds=result.seconds,
+        peak_memory=result.peak_memory,
+        act_ms=_call_milliseconds(run),
+    )
 
 
 def _record(config: CompareConfig, run: Run) -> RunRecord | None:
@@ -308,7 +316,6 @@ def _record(config: CompareConfig, run: Run) -> RunRecord | None:
     steps = evaluated_steps(run.train.steps, config.checkpoints)
     if result is None or any(len(evaluated.get(step, ())) < wanted for step in steps):
         return None
-    timed = run.train.output / ACT_TIME
     return RunRecord(
         arm=run.cell.arm.name,
         fraction=run.cell.fraction,
@@ -316,9 +323,14 @@ def _record(config: CompareConfig, run: Run) -> RunRecord | None:
         outcomes={step: outcomes(evaluated[step]) for step in steps},
         seconds=result.seconds,
         peak_memory=result.peak_memory,
-        act_ms=json.loads(timed.read_text())["act_ms"] if timed.exists() else None,
+        act_ms=_call_milliseconds(run),
         remarks=remarks(episode for rows in evaluated.values() for episode in rows),
     )
+
+
+def _call_milliseconds(run: Run) -> float | None:
+    timed = run.train.output / ACT_TIME
+    return float(json.loads(timed.read_text())["act_ms"]) if timed.exists() else None
 
 
 def write(found: Comparison, folder: Path) -> None:

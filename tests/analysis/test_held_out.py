@@ -24,7 +24,7 @@ def record(arm, seed, level, fraction=1.0):
         }
         for step, scale in ((20, 2.0), (40, 1.0))
     }
-    return ErrorRecord(arm, fraction, seed, errors)
+    return ErrorRecord(arm, fraction, seed, errors, seconds=10.0 + seed, peak_memory=2**30, act_ms=1.5)
 
 
 def records(levels, seeds=5, fraction=1.0):
@@ -44,6 +44,7 @@ def test_a_lower_error_is_better_and_noise_is_not_shown():
     assert found.sentences()[-1] == MEANING
     alpha0 = found.rows[0]
     assert alpha0.curve[20] == pytest.approx(2.0, abs=0.05)
+    assert (alpha0.seconds, alpha0.peak_memory, alpha0.act_ms) == (12.0, 2**30, 1.5)
     assert alpha0.low < alpha0.mean < alpha0.high
     assert alpha0.mean == pytest.approx(np.mean(list(alpha0.per_seed.values())))
 
@@ -64,6 +65,7 @@ def test_tables_and_page_hold_the_same_figures():
     lines = list(csv.DictReader(io.StringIO(found.csv())))
     assert [line["arm"] for line in lines] == ["alpha0", "sf"]
     assert lines[0]["verdict"] == ""
+    assert float(lines[0]["train_seconds"]) == 12.0
     assert float(lines[1]["relative_difference"]) == found.contrasts[0].difference.value
     whole = without_rollouts([0, 1, 2, 3, 4], ["sf-seed5"], found)
     assert json.loads(json.dumps(whole.to_json()))["held_out"]["episodes"] == 12

@@ -7,6 +7,8 @@ from spatial_forcing.comparison import ARMS, CompareConfig, parse_arm
 from spatial_forcing.comparison.config import cells, evaluated_steps, teacher_layers, train_config
 from spatial_forcing.errors import ConfigError
 
+STUDY = Path(__file__).parents[2] / "studies" / "compare"
+
 
 def config(tmp_path, **changes):
     return CompareConfig(dataset=tmp_path / "data", output=tmp_path / "out", **changes)
@@ -135,3 +137,12 @@ def test_held_out_and_chosen_episodes_exclude_each_other(tmp_path):
     with pytest.raises(ConfigError, match="held_out chooses the episodes"):
         train_config(chosen, cell, episodes=[0, 2])
     assert train_config(config(tmp_path, held_out=0.2), cell, episodes=[0, 2]).episodes == (0, 2)
+
+
+@pytest.mark.parametrize("path", sorted(STUDY.glob("*.json")), ids=lambda path: path.stem)
+def test_the_studys_configurations_are_valid(path):
+    compared = CompareConfig.from_plain(json.loads(path.read_text()))
+    assert compared.output == Path("runs/compare") / path.stem
+    for cell in cells(compared):
+        run = train_config(compared, cell)
+        assert run.steps % compared.checkpoints == 0

@@ -130,6 +130,7 @@ def test_without_a_simulator_arms_are_compared_on_held_out_demonstrations(
     assert [row.arm for row in found.held_out.rows] == ["alpha0", "sf"]
     assert [sorted(row.curve) for row in found.held_out.rows] == [[2, 4]] * 2
     assert found.held_out.contrasts[0].control == "alpha0"
+    assert all(row.act_ms > 0 and row.seconds > 0 and row.peak_memory > 0 for row in found.held_out.rows)
     # What a policy of another step or another seed would have.
     errors = {e for row in found.held_out.rows for e in (*row.per_seed.values(), *row.curve.values())}
     assert len(errors) == 8
