@@ -82,7 +82,8 @@ def draw(axes: Axes, marks: Mapping[str, Sequence[float]], title: str, levels: M
         axes.hlines(sum(values) / len(values), column - 0.25, column + 0.25, color="#222222", linewidth=1.6)
     for name, level in levels.items():
         axes.axhline(level, color="#888888", linewidth=0.8, linestyle="--")
-        axes.annotate(name, (len(marks) - 0.5, level), ha="right", va="bottom", color="#666666", fontsize=8)
+        right_edge = axes.get_yaxis_transform()
+        axes.text(1, level, name, transform=right_edge, ha="right", va="bottom", color="#666666", fontsize=8)
     axes.set_xticks(range(len(marks)), [name.replace("-", "\n") for name in marks])
     axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
