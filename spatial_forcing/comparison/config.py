@@ -36,7 +36,8 @@ class CompareConfig:
         checkpoints: evaluations over training, evenly spaced, the last step included.
         tasks: environments of the evaluation; empty: no simulator, `held_out` alone.
         held_out: share of each task's demonstrations that no run trains on; the error of the predicted
-            actions there is reported too (see `evaluation.open_loop`), with or without a simulator.
+            actions there is reported too (see `evaluation.open_loop`), with or without a simulator. Actions
+            and states are still scaled by the statistics of the whole dataset.
         episodes: evaluation episodes of each task, the same for every run.
         first_episode: seed of the first of them. Choose others to confirm what a search has found.
         execute: actions of a chunk that are carried out before the policy is asked again.

@@ -117,9 +117,11 @@ def check_folder(config: CompareConfig) -> None:
     """Record the settings, or refuse a folder that holds a comparison with others."""
     path = config.output / CONFIG
     if path.exists():
+        # Parsed, so that settings which are newer than the folder have their default there.
+        there = CompareConfig.from_plain(json.loads(path.read_text())).to_plain()
         changed = {
             name: values
-            for name, values in differences(json.loads(path.read_text()), config.to_plain()).items()
+            for name, values in differences(there, config.to_plain()).items()
             if name not in GROWING
         }
         if changed:

@@ -113,6 +113,18 @@ def test_comparison_is_matched_resumes_and_grows(rooms, tmp_path, trained, evalu
         compare(settings(rooms, config.output, episodes=3), QUIET, make_room)
 
 
+def test_a_comparison_from_before_a_setting_existed_goes_on(rooms, tmp_path, trained, evaluated):
+    config = settings(rooms, tmp_path / "out", arms=("alpha0", "sf"), checkpoints=1)
+    compare(config, QUIET, make_room)
+    path = config.output / module.CONFIG
+    old = json.loads(path.read_text())
+    del old["held_out"]
+    path.write_text(json.dumps(old))
+    trained.clear()
+    assert compare(config, QUIET, make_room).contrasts
+    assert trained == []
+
+
 def no_environment(task, **kwargs):
     raise AssertionError("a comparison without tasks made an environment")
 
