@@ -18,7 +18,7 @@ from spatial_forcing.evaluation.paired import (
     PairedDifference,
     SeedOutcomes,
     Spread,
-    holm,
+    against_controls,
     macro_success,
     paired_difference,
     spread,
@@ -311,17 +311,10 @@ def _row(arm: str, fraction: float, found: Mapping[int, RunRecord], threshold: f
 
 
 def _contrasts(groups: Groups, controls: Sequence[str], bootstraps: int) -> tuple[Contrast, ...]:
-    found: dict[str, tuple[str, str, float, PairedDifference]] = {}
-    for control in controls:
-        earlier = controls[: list(controls).index(control) + 1]
-        for (arm, fraction), treated in groups.items():
-            other = groups.get((control, fraction), {})
-            if arm in earlier or len(treated.keys() & other.keys()) < 2:
-                continue
-            difference = paired_difference(_final(treated), _final(other), bootstraps=bootstraps)
-            found[f"{arm}|{control}|{fraction}"] = (arm, control, fraction, difference)
-    adjusted = holm({key: entry[-1].p_value for key, entry in found.items()})
+    def difference(treated: Mapping[int, RunRecord], other: Mapping[int, RunRecord]) -> PairedDifference:
+        return paired_difference(_final(treated), _final(other), bootstraps=bootstraps)
+
     return tuple(
-        Contrast(arm, control, fraction, d, adjusted[key], verdict_of(d.value, adjusted[key]))
-        for key, (arm, control, fraction, d) in found.items()
+        Contrast(arm, control, fraction, d, p_holm, verdict_of(d.value, p_holm))
+        for arm, control, fraction, d, p_holm in against_controls(groups, controls, difference)
     )

@@ -15,7 +15,7 @@ from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation.paired import (
     ErrorDifference,
     Errors,
-    holm,
+    against_controls,
     macro_error,
     mean_reach,
     paired_error,
@@ -218,20 +218,14 @@ def _row(arm: str, fraction: float, found: Mapping[int, ErrorRecord]) -> ErrorRo
 
 
 def _contrasts(groups: Groups, controls: Sequence[str], bootstraps: int) -> tuple[ErrorContrast, ...]:
-    found: dict[str, tuple[str, str, float, ErrorDifference]] = {}
-    for position, control in enumerate(controls):
-        for (arm, fraction), treated in groups.items():
-            other = groups.get((control, fraction), {})
-            if arm in controls[: position + 1] or len(treated.keys() & other.keys()) < 2:
-                continue
-            difference = paired_error(
-                {seed: _last(run) for seed, run in treated.items()},
-                {seed: _last(run) for seed, run in other.items()},
-                bootstraps=bootstraps,
-            )
-            found[f"{arm}|{control}|{fraction}"] = (arm, control, fraction, difference)
-    adjusted = holm({key: entry[-1].p_value for key, entry in found.items()})
+    def difference(treated: Mapping[int, ErrorRecord], other: Mapping[int, ErrorRecord]) -> ErrorDifference:
+        return paired_error(_final(treated), _final(other), bootstraps=bootstraps)
+
     return tuple(
-        ErrorContrast(arm, control, fraction, d, adjusted[key], verdict_of(-d.value, adjusted[key]))
-        for key, (arm, control, fraction, d) in found.items()
+        ErrorContrast(arm, control, fraction, d, p_holm, verdict_of(-d.value, p_holm))
+        for arm, control, fraction, d, p_holm in against_controls(groups, controls, difference)
     )
+
+
+def _final(found: Mapping[int, ErrorRecord]) -> dict[int, Errors]:
+    return {seed: _last(run) for seed, run in found.items()}
