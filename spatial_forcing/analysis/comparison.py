@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from spatial_forcing.analysis.contrasts import ArmContrast, against_controls, in_words, worth_of_sight
 from spatial_forcing.analysis.held_out import HeldOut
 from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation.paired import (
@@ -18,7 +19,6 @@ from spatial_forcing.evaluation.paired import (
     PairedDifference,
     SeedOutcomes,
     Spread,
-    against_controls,
     macro_success,
     paired_difference,
     spread,
@@ -83,24 +83,13 @@ class ArmRow:
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """An arm minus a control on the same part of the data, paired by training seed.
-
-    `p_holm` is corrected over all contrasts of the comparison; `verdict` is better, worse or not shown.
-    """
-
-    arm: str
-    control: str
-    fraction: float
-    difference: PairedDifference
-    p_holm: float
-    verdict: str
+class Contrast(ArmContrast[PairedDifference]):
+    """An arm minus a control in success."""
 
     def sentence(self) -> str:
         """What was found, in words."""
-        part = "" if self.fraction == 1 else f" on {100 * self.fraction:g} % of the demonstrations"
         found = (
-            f"{self.arm} minus {self.control}{part}: {self.difference} points over "
+            f"{self.arm} minus {self.control}{self.part()}: {self.difference} points over "
             f"{len(self.difference.per_seed)} training seeds (95 % interval), Holm-corrected "
             f"p = {self.p_holm:.3f}."
         )
@@ -129,7 +118,8 @@ class Comparison:
 
     def sentences(self) -> list[str]:
         """The result in words, limits included."""
-        said = [*self.remarks, *(contrast.sentence() for contrast in self.contrasts)]
+        said = [*self.remarks, *worth_of_sight(self.contrasts, "success, in points,")]
+        said += in_words(self.contrasts, "Success, in points")
         if not (self.contrasts or (self.held_out and self.held_out.contrasts)):
             said.append("Nothing is compared yet: a difference needs two training seeds that both arms have.")
         said += [plan_sentence(plan, self.planned_for) for plan in self.plans[:1]]

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from spatial_forcing.analysis.contrasts import ArmContrast, against_controls, in_words, worth_of_sight
 from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation.paired import (
     ErrorDifference,
     Errors,
-    against_controls,
     macro_error,
     mean_reach,
     paired_error,
@@ -74,21 +74,13 @@ class ErrorRow:
 
 
 @dataclass(frozen=True)
-class ErrorContrast:
-    """An arm minus a control; see `comparison.Contrast`. A lower error is better."""
-
-    arm: str
-    control: str
-    fraction: float
-    difference: ErrorDifference
-    p_holm: float
-    verdict: str
+class ErrorContrast(ArmContrast[ErrorDifference]):
+    """An arm against a control in held-out error; a lower one is better."""
 
     def sentence(self) -> str:
         """What was found, in words."""
-        part = "" if self.fraction == 1 else f" on {100 * self.fraction:g} % of the demonstrations"
         found = (
-            f"Held-out error, {self.arm} against {self.control}{part}: {self.difference} over "
+            f"Held-out error, {self.arm} against {self.control}{self.part()}: {self.difference} over "
             f"{len(self.difference.per_seed)} training seeds (95 % interval), Holm-corrected "
             f"p = {self.p_holm:.3f}."
         )
@@ -107,7 +99,8 @@ class HeldOut:
 
     def sentences(self) -> list[str]:
         """The result in words, limits included."""
-        return [*(contrast.sentence() for contrast in self.contrasts), MEANING]
+        sight = worth_of_sight(self.contrasts, "the held-out error")
+        return [*sight, *in_words(self.contrasts, "Held-out error"), MEANING]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-able."""

@@ -12,10 +12,9 @@ their seed, which makes the interval wider, never narrower, than if they were cr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,10 +85,6 @@ class ErrorDifference:
 
     def __str__(self) -> str:
         return f"{100 * self.value:+.1f} % [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
-
-
-Difference = TypeVar("Difference", bound=PairedDifference | ErrorDifference)
-Run = TypeVar("Run")
 
 
 @dataclass(frozen=True)
@@ -302,31 +297,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
         adjusted[name] = highest
     return {name: adjusted[name] for name in p_values}
-
-
-def against_controls(
-    groups: Mapping[tuple[str, float], Mapping[int, Run]],
-    controls: Sequence[str],
-    difference: Callable[[Mapping[int, Run], Mapping[int, Run]], Difference],
-) -> list[tuple[str, str, float, Difference, float]]:
-    """Every arm against every control on the same part of the data, with p-values corrected over all (Holm).
-
-    Args:
-        groups: runs by training seed, by (arm, part of the data).
-        controls: a control is itself compared with those before it.
-        difference: of treated and control runs; called where they share two training seeds.
-
-    Returns:
-        (arm, control, part, difference, corrected p) each.
-    """
-    found: list[tuple[str, str, float, Difference]] = []
-    for position, control in enumerate(controls):
-        for (arm, fraction), treated in groups.items():
-            other = groups.get((control, fraction), {})
-            if arm not in controls[: position + 1] and len(treated.keys() & other.keys()) >= 2:
-                found.append((arm, control, fraction, difference(treated, other)))
-    adjusted = holm({str(number): one[3].p_value for number, one in enumerate(found)})
-    return [(*one, adjusted[str(number)]) for number, one in enumerate(found)]
 
 
 def verdict_of(gain: float, p_value: float) -> str:

@@ -1,0 +1,81 @@
+"""Arms against controls, and what the blind arm says of a whole comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from spatial_forcing.analysis.comparison import Comparison, Contrast
+from spatial_forcing.analysis.contrasts import against_controls, in_words, worth_of_sight
+from spatial_forcing.analysis.held_out import ErrorContrast, HeldOut
+from spatial_forcing.evaluation.paired import ErrorDifference, PairedDifference
+
+
+def difference(value: float, p_value: float = 0.01) -> ErrorDifference:
+    return ErrorDifference(value, value - 0.02, value + 0.02, p_value, {0: value, 1: value}, 8)
+
+
+def test_every_arm_meets_every_control_once_and_p_values_are_corrected_over_all() -> None:
+    def gap(treated: Mapping[int, float], other: Mapping[int, float]) -> ErrorDifference:
+        return difference(treated[0] - other[0])
+
+    groups = {
+        ("alpha0", 1.0): {0: 1.0, 1: 1.0},
+        ("shuffled", 1.0): {0: 3.0, 1: 3.0},
+        ("sf", 1.0): {0: 7.0, 1: 7.0},
+        ("sf", 0.2): {0: 7.0, 1: 7.0},  # no control on this part
+        ("one seed", 1.0): {0: 5.0},
+    }
+    found = against_controls(groups, ["alpha0", "shuffled"], gap)
+    assert [(arm, control, part, d.value) for arm, control, part, d, _ in found] == [
+        ("shuffled", "alpha0", 1.0, 2.0),
+        ("sf", "alpha0", 1.0, 6.0),
+        ("sf", "shuffled", 1.0, 4.0),
+    ]
+    assert [p for *_, p in found] == pytest.approx([0.03] * 3)
+
+
+def test_a_blind_arm_that_is_not_worse_is_said_to_leave_the_comparison_blind() -> None:
+    def contrast(arm: str, verdict: str, part: float = 1.0) -> ErrorContrast:
+        return ErrorContrast(arm, "alpha0", part, difference(0.03), 0.2, verdict)
+
+    assert worth_of_sight([contrast("sf", "better")], "the error") == []
+    (said,) = worth_of_sight([contrast("sf", "better"), contrast("blind", "not shown")], "the error")
+    assert "change the error by +3.0 % [+1.0, +5.0] against alpha0" in said
+    assert "can hardly tell what an arm sees" in said
+    worse, partly = worth_of_sight(
+        [contrast("blind", "worse"), contrast("blind", "better", 0.2)], "the error"
+    )
+    assert "the scale on which differences" in worse
+    assert "on 20 % of the demonstrations: blanked" in partly
+    assert "can hardly tell" in partly
+
+
+def test_many_differences_that_are_not_shown_make_one_sentence_a_control() -> None:
+    def contrasts(arms: int) -> list[ErrorContrast]:
+        unclear = [
+            ErrorContrast(f"arm{n}", control, 1.0, difference(n / 100), 0.5 + n / 10, "not shown")
+            for control in ("alpha0", "shuffled")
+            for n in range(arms)
+        ]
+        return [*unclear, ErrorContrast("sf", "alpha0", 1.0, difference(-0.1), 0.01, "better")]
+
+    assert len(in_words(contrasts(3), "Error")) == 7
+    shown, first, second = in_words(contrasts(4), "Error")
+    assert shown.startswith("Held-out error, sf against alpha0: -10.0 %")
+    assert first.startswith(
+        "Error, against alpha0, a difference is not shown for any of these: arm0 +0.0 % ["
+    )
+    assert "arm3 +3.0 % [+1.0, +5.0] (95 % intervals; Holm-corrected p at least 0.500)" in first
+    assert "against shuffled" in second
+
+
+def test_both_kinds_of_comparison_say_it() -> None:
+    errors = HeldOut((), (ErrorContrast("blind", "alpha0", 1.0, difference(0.03), 0.2, "not shown"),), 8)
+    assert sum("What sight is worth here" in line for line in errors.sentences()) == 1
+    success = PairedDifference(-0.2, -0.3, -0.1, 0.01, {0: -0.2, 1: -0.2}, {}, 0.0, 0.5, 40)
+    blind = Contrast("blind", "alpha0", 1.0, success, 0.01, "worse")
+    found = Comparison((), (blind,), (), "", 0.5, (0, 1), 40, (), held_out=errors)
+    assert sum("What sight is worth here" in line for line in found.sentences()) == 2
+    assert any("change success, in points, by -20.0" in line for line in found.sentences())
