@@ -86,16 +86,11 @@ class ArmRow:
 class Contrast(ArmContrast[PairedDifference]):
     """An arm minus a control in success."""
 
-    def sentence(self) -> str:
-        """What was found, in words."""
-        found = (
-            f"{self.arm} minus {self.control}{self.part()}: {self.difference} points over "
-            f"{len(self.difference.per_seed)} training seeds (95 % interval), Holm-corrected "
-            f"p = {self.p_holm:.3f}."
-        )
-        if self.verdict == "not shown":
-            return f"{found} A difference is not shown."
-        return f"{found} {self.arm} is {self.verdict} than {self.control} here."
+    VERB = "is"
+
+    def found(self) -> str:
+        """What differs by how much, in words."""
+        return f"{self.arm} minus {self.control}{self.part()}: {self.difference} points"
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from spatial_forcing.evaluation.paired import ErrorDifference, PairedDifference, holm
 
@@ -19,11 +20,14 @@ Run = TypeVar("Run")
 
 
 @dataclass(frozen=True)
-class ArmContrast(Generic[Difference]):
+class ArmContrast(ABC, Generic[Difference]):
     """An arm against a control on the same part of the data, paired by training seed.
 
     `p_holm` is corrected over all contrasts of the comparison; `verdict` is better, worse or not shown.
+    `VERB` stands before the verdict in a sentence.
     """
+
+    VERB: ClassVar[str]
 
     arm: str
     control: str
@@ -32,9 +36,19 @@ class ArmContrast(Generic[Difference]):
     p_holm: float
     verdict: str
 
+    @abstractmethod
+    def found(self) -> str:
+        """What differs by how much, in words."""
+
     def sentence(self) -> str:
         """What was found, in words."""
-        raise NotImplementedError
+        found = (
+            f"{self.found()} over {len(self.difference.per_seed)} training seeds (95 % interval), "
+            f"Holm-corrected p = {self.p_holm:.3f}."
+        )
+        if self.verdict == "not shown":
+            return f"{found} A difference is not shown."
+        return f"{found} {self.arm} {self.VERB} {self.verdict} than {self.control} here."
 
     def part(self) -> str:
         """Which part of the data, as the end of a phrase."""

@@ -77,16 +77,11 @@ class ErrorRow:
 class ErrorContrast(ArmContrast[ErrorDifference]):
     """An arm against a control in held-out error; a lower one is better."""
 
-    def sentence(self) -> str:
-        """What was found, in words."""
-        found = (
-            f"Held-out error, {self.arm} against {self.control}{self.part()}: {self.difference} over "
-            f"{len(self.difference.per_seed)} training seeds (95 % interval), Holm-corrected "
-            f"p = {self.p_holm:.3f}."
-        )
-        if self.verdict == "not shown":
-            return f"{found} A difference is not shown."
-        return f"{found} {self.arm} predicts {self.verdict} than {self.control} here."
+    VERB = "predicts"
+
+    def found(self) -> str:
+        """What differs by how much, in words."""
+        return f"Held-out error, {self.arm} against {self.control}{self.part()}: {self.difference}"
 
 
 @dataclass(frozen=True)

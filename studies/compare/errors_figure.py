@@ -21,6 +21,7 @@ import tyro
 from matplotlib.axes import Axes
 
 Contrast = Mapping[str, Any]
+COLORS = {"better": "#3366aa", "worse": "#aa6633", "not shown": "#888888"}
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,16 @@ class Settings:
     Attributes:
         results: folder with comparison.json.
         control: the arm that the others are compared with.
-        leave_out: arms whose difference is of another size than all others and would hide theirs.
     """
 
     results: Path
     control: str = "alpha0"
-    leave_out: tuple[str, ...] = ()
 
 
 def main(settings: Settings) -> None:
     """A panel for each part of the data."""
     found = json.loads((settings.results / "comparison.json").read_text())["held_out"]["contrasts"]
-    found = [c for c in found if c["control"] == settings.control and c["arm"] not in settings.leave_out]
+    found = [c for c in found if c["control"] == settings.control]
     parts = sorted({c["fraction"] for c in found})
     plt.rcParams |= {"svg.hashsalt": "errors", "font.size": 9, "svg.fonttype": "none"}
     tallest = max(sum(c["fraction"] == part for c in found) for part in parts)
@@ -58,10 +57,9 @@ def main(settings: Settings) -> None:
 
 
 def draw(axes: Axes, contrasts: Sequence[Contrast]) -> None:
-    """A line an arm: its interval, the mean, a dot a seed; what survives correction is drawn dark."""
+    """A line an arm: its interval, the mean, a dot a seed; what is shown after correction has a colour."""
     for line, contrast in enumerate(contrasts):
-        difference, color = contrast["difference"], "#aa6633" if contrast["verdict"] == "worse" else "#3366aa"
-        color = "#888888" if contrast["verdict"] == "not shown" else color
+        difference, color = contrast["difference"], COLORS[contrast["verdict"]]
         low, high = 100 * difference["low"], 100 * difference["high"]
         axes.hlines(line, low, high, color=color, linewidth=2.2)
         axes.plot(100 * difference["value"], line, "|", color=color, markersize=11, markeredgewidth=2.2)
