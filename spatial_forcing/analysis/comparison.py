@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from spatial_forcing.analysis.contrasts import ArmContrast, against_controls, in_words, worth_of_sight
+from spatial_forcing.analysis.contrasts import (
+    ArmContrast,
+    against_controls,
+    contrast_table,
+    in_words,
+    worth_of_sight,
+)
 from spatial_forcing.analysis.held_out import HeldOut
 from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation.paired import (
@@ -154,30 +160,30 @@ class Comparison:
 
     def tables(self) -> list[Table]:
         """What `rich.print` shows: success, then held-out errors, as far as they were measured."""
-        return [*([self.table()] if self.rows else []), *([self.held_out.table()] if self.held_out else [])]
+        success = [
+            self.table(),
+            *contrast_table(self.contrasts, "Paired differences of success, in points"),
+        ]
+        return [*(success if self.rows else []), *(self.held_out.tables() if self.held_out else [])]
 
     def table(self) -> Table:
-        """Arms with success, paired difference and cost."""
+        """Arms with success and cost."""
         table = Table(
             title=f"Success in %, {len(self.seeds)} training seeds, {self.episodes} episodes each",
             caption=" ".join(
                 (f"95 % intervals over seeds; threshold {100 * self.threshold:.0f} %.", *self.remarks)
             ),
         )
-        for column in ("arm", "data", "success", "sd", "minus control", "p (Holm)", "verdict"):
+        for column in ("arm", "data", "success", "sd"):
             table.add_column(column)
         for column in ("steps to threshold", "train s", "GiB", "act ms"):
             table.add_column(column, justify="right")
         for row in self.rows:
-            mine = [c for c in self.contrasts if (c.arm, c.fraction) == (row.arm, row.fraction)]
             table.add_row(
                 row.arm,
                 f"{100 * row.fraction:g} %",
                 interval_text(row.success),
                 f"{100 * row.success.sd:.1f}",
-                "\n".join(f"{c.difference} ({c.control})" for c in mine) or "-",
-                "\n".join(f"{c.p_holm:.3f}" for c in mine) or "-",
-                "\n".join(c.verdict for c in mine) or "-",
                 str(row.steps),
                 f"{row.seconds:.0f}",
                 f"{row.peak_memory / 2**30:.2f}",

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
+from rich.table import Table
+
 from spatial_forcing.evaluation.paired import ErrorDifference, PairedDifference, holm
 
 BLIND = "blind"
@@ -100,6 +102,19 @@ def in_words(contrasts: Sequence[ArmContrast[Difference]], subject: str) -> list
         for (control, part), group in groups.items()
     ]
     return [*(one.sentence() for one in contrasts if one.verdict != "not shown"), *gathered]
+
+
+def contrast_table(contrasts: Sequence[ArmContrast[Difference]], title: str) -> list[Table]:
+    """A row for each contrast, so that no p-value stands beside another's difference; empty without any."""
+    if not contrasts:
+        return []
+    table = Table(title=title, caption="95 % intervals over seeds; p after Holm's correction over all rows.")
+    for column in ("arm", "data", "against", "difference", "p", "verdict"):
+        table.add_column(column)
+    for one in contrasts:
+        part = f"{100 * one.fraction:g} %"
+        table.add_row(one.arm, part, one.control, str(one.difference), f"{one.p_holm:.3f}", one.verdict)
+    return [table]
 
 
 def worth_of_sight(contrasts: Iterable[ArmContrast[Difference]], measured: str) -> list[str]:

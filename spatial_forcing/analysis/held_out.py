@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from spatial_forcing.analysis.contrasts import ArmContrast, against_controls, in_words, worth_of_sight
+from spatial_forcing.analysis.contrasts import (
+    ArmContrast,
+    against_controls,
+    contrast_table,
+    in_words,
+    worth_of_sight,
+)
 from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation.paired import (
     ErrorDifference,
@@ -126,29 +132,25 @@ class HeldOut:
         """Those of one arm on one part of the data."""
         return [c for c in self.contrasts if (c.arm, c.fraction) == (row.arm, row.fraction)]
 
-    def table(self) -> Table:
-        """Arms with their error and paired differences, for `rich.print`."""
+    def tables(self) -> list[Table]:
+        """Arms with their error and cost, then their paired differences, for `rich.print`."""
         table = Table(
             title=f"Error on {self.episodes} held-out episodes, in standard deviations of the actions",
             caption="95 % intervals over seeds; lower is better.",
         )
-        for column in ("arm", "data", "error", "against control", "p (Holm)", "verdict"):
+        for column in ("arm", "data", "error"):
             table.add_column(column)
         for column in ("train s", "act ms"):
             table.add_column(column, justify="right")
         for row in self.rows:
-            mine = self.contrasts_of(row)
             table.add_row(
                 row.arm,
                 f"{100 * row.fraction:g} %",
                 str(row),
-                "\n".join(f"{c.difference} ({c.control})" for c in mine) or "-",
-                "\n".join(f"{c.p_holm:.3f}" for c in mine) or "-",
-                "\n".join(c.verdict for c in mine) or "-",
                 f"{row.seconds:.0f}",
                 "-" if row.act_ms is None else f"{row.act_ms:.1f}",
             )
-        return table
+        return [table, *contrast_table(self.contrasts, "Paired differences of held-out error")]
 
 
 Groups = Mapping[tuple[str, float], Mapping[int, ErrorRecord]]

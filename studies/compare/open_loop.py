@@ -55,7 +55,8 @@ def main(settings: Settings) -> None:
     write_json(settings.comparison / "open-loop.json", found.to_json())
     replace_file(settings.comparison / "open-loop.csv", lambda path: path.write_text(found.csv()))
     console = Console()
-    console.print(found.table())
+    for table in found.tables():
+        console.print(table)
     for sentence in found.sentences():
         console.print(f"- {sentence}", highlight=False)
 

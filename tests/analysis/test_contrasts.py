@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
+from rich.console import Console
 
 from spatial_forcing.analysis.comparison import Comparison, Contrast
-from spatial_forcing.analysis.contrasts import against_controls, in_words, worth_of_sight
+from spatial_forcing.analysis.contrasts import against_controls, contrast_table, in_words, worth_of_sight
 from spatial_forcing.analysis.held_out import ErrorContrast, HeldOut
 from spatial_forcing.evaluation.paired import ErrorDifference, PairedDifference
 
@@ -50,6 +51,25 @@ def test_a_blind_arm_that_is_not_worse_is_said_to_leave_the_comparison_blind() -
     assert "the scale on which differences" in worse
     assert "on 20 % of the demonstrations: blanked" in partly
     assert "can hardly tell" in partly
+
+
+def test_a_narrow_terminal_keeps_each_difference_beside_its_own_p_value() -> None:
+    contrasts = [
+        ErrorContrast("standardised", control, 0.05, difference(gap, p), p, verdict)
+        for control, gap, p, verdict in (
+            ("alpha0", -0.2, 0.006, "better"),
+            ("shuffled", 0.1, 0.542, "not shown"),
+        )
+    ]
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(*contrast_table(contrasts, "Differences"))
+    rows = [line.split("│")[1:-1] for line in captured.get().splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["standardised", "5 %", "alpha0", "-20.0 % [-22.0, -18.0]", "0.006", "better"],
+        ["standardised", "5 %", "shuffled", "+10.0 % [+8.0, +12.0]", "0.542", "not shown"],
+    ]
+    assert contrast_table([], "Differences") == []
 
 
 def test_many_differences_that_are_not_shown_make_one_sentence_a_control() -> None:

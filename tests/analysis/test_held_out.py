@@ -70,7 +70,7 @@ def test_tables_and_page_hold_the_same_figures():
     whole = without_rollouts([0, 1, 2, 3, 4], ["sf-seed5"], found)
     assert json.loads(json.dumps(whole.to_json()))["held_out"]["episodes"] == 12
     assert whole.sentences()[-1] == "Not finished and not counted: sf-seed5."
-    assert len(whole.tables()) == 1
+    assert len(whole.tables()) == 2
     section = comparison_section(whole)
     assert [table.name for table in section.tables] == ["held-out", "held-out-differences"]
     page = render(ReportData("Comparison", "", (), sections=(section,)))

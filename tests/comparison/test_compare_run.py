@@ -170,7 +170,7 @@ def test_held_out_errors_stand_beside_success(moving_rooms, tmp_path, trained, e
     assert [row.success.mean for row in found.rows] == [0.5, 0.5]
     assert found.held_out.episodes == 1
     assert sum(s.startswith("Held-out error, sf against alpha0") for s in found.sentences()) == 1
-    assert len(found.tables()) == 2
+    assert len(found.tables()) == 4
     torch.testing.assert_close(
         found.held_out.contrasts[0].difference.value,
         found.held_out.rows[1].mean / found.held_out.rows[0].mean - 1,
