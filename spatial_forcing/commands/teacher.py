@@ -13,8 +13,9 @@ from spatial_forcing.storage import progress_bar
 from spatial_forcing.teachers import TEACHERS, load_teacher
 from spatial_forcing.teachers.vggt import VGGTTeacher
 from spatial_forcing.training.teacher.evaluate import evaluate_teacher, metrics_table
-from spatial_forcing.training.teacher.pretrain import PretrainConfig, render_with_progress
 from spatial_forcing.training.teacher.pretrain import pretrain as run_pretraining
+from spatial_forcing.training.teacher.pretrain import render_with_progress
+from spatial_forcing.training.teacher.recipe import PretrainConfig
 from spatial_forcing.training.teacher.scenes import SceneDataset
 
 

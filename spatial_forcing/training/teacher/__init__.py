@@ -1,7 +1,8 @@
 """Pretraining of the small VGGT that ships with the package: scenes, losses, metrics and the loop."""
 
 from spatial_forcing.training.teacher.evaluate import evaluate_teacher
-from spatial_forcing.training.teacher.pretrain import PretrainConfig, pretrain
+from spatial_forcing.training.teacher.pretrain import pretrain
+from spatial_forcing.training.teacher.recipe import PretrainConfig
 from spatial_forcing.training.teacher.tasks import (
     RESERVED_TASKS,
     TRAIN_TASKS,

@@ -37,9 +37,10 @@ def evaluate_teacher(model: VGGT, scenes: SceneDataset, *, batch_size: int = 16)
         Means (and medians of the angles), with the number of images and of pairs.
     """
     model.eval()
+    device = next(model.parameters()).device
     rows: dict[str, list[Tensor]] = {}
     for start in range(0, len(scenes), batch_size):
-        batch = scenes.batch(torch.arange(start, min(start + batch_size, len(scenes))))
+        batch = scenes.batch(torch.arange(start, min(start + batch_size, len(scenes)))).to(device)
         output = model(batch.images.float() / 255, ("camera", "depth"))
         size = (batch.depth.shape[-2], batch.depth.shape[-1])
         depth = F.interpolate(output["depth"][..., 0], size=size, mode="bilinear", align_corners=True)

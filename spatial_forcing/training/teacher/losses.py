@@ -41,8 +41,8 @@ def make_targets(batch: SceneBatch, size: tuple[int, int]) -> Targets:
     Depth is picked from the nearest pixel: averages across an object's edge are depths of nothing.
     """
     height, width = batch.depth.shape[-2:]
-    rows = torch.linspace(0, height - 1, size[0]).round().long()
-    columns = torch.linspace(0, width - 1, size[1]).round().long()
+    rows = torch.linspace(0, height - 1, size[0], device=batch.depth.device).round().long()
+    columns = torch.linspace(0, width - 1, size[1], device=batch.depth.device).round().long()
     depth = batch.depth[..., rows[:, None], columns].clamp(NEAREST, DEPTH_MAX)
     camera_from_first = torch.linalg.inv(batch.poses) @ batch.poses[:, :1]
     points = unproject(depth, batch.intrinsics, rows + 0.5, columns + 0.5)
@@ -62,12 +62,20 @@ def unproject(depth: Tensor, intrinsics: Tensor, rows: Tensor, columns: Tensor) 
 
 
 def teacher_loss(
-    output: dict[str, Tensor], targets: Targets, *, point_weight: float = 0.3, camera_weight: float = 1.0
+    output: dict[str, Tensor],
+    targets: Targets,
+    *,
+    point_weight: float = 0.3,
+    camera_weight: float = 1.0,
+    relative: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum over the heads in `output` (of `VGGT.forward`) and its parts, detached."""
+    """Weighted sum over the heads in `output` (of `VGGT.forward`) and its parts, detached.
+
+    `relative` is `depth_loss`'s.
+    """
     parts: dict[str, Tensor] = {}
     if "depth" in output:
-        parts["depth"] = depth_loss(output["depth"][..., 0], output["depth_conf"], targets)
+        parts["depth"] = depth_loss(output["depth"][..., 0], output["depth_conf"], targets, relative=relative)
     if "world_points" in output:
         parts["point"] = point_weight * point_loss(
             output["world_points"], output["world_points_conf"], targets
@@ -77,14 +85,17 @@ def teacher_loss(
     return torch.stack(list(parts.values())).sum(), {name: value.detach() for name, value in parts.items()}
 
 
-def depth_loss(depth: Tensor, confidence: Tensor, targets: Targets) -> Tensor:
+def depth_loss(depth: Tensor, confidence: Tensor, targets: Targets, *, relative: bool = False) -> Tensor:
     """L1 and gradient L1 of log depth, plus the confidence's own likelihood.
 
-    L1 of the logarithm is AbsRel to first order. Beyond the clip any prediction is right. The confidence
-    (> 1) is trained on the detached error, so that it never weakens the depth's own gradient.
+    L1 of the logarithm is AbsRel to first order only: between a near and a far surface it is content with
+    either, while AbsRel punishes the far guess. With `relative` the first term is AbsRel itself. Beyond the
+    clip any prediction is right. The confidence (> 1) is trained on the detached error, so that it never
+    weakens the depth's own gradient.
     """
-    error = depth.clamp(1e-4, DEPTH_MAX).log() - targets.depth.log()
-    absolute = error.abs()
+    depth = depth.clamp(1e-4, DEPTH_MAX)
+    error = depth.log() - targets.depth.log()
+    absolute = ((depth - targets.depth) / targets.depth if relative else error).abs()
     return absolute.mean() + 0.5 * _gradient_l1(error) + 0.02 * _confidence_loss(absolute, confidence)
 
 

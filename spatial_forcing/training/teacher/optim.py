@@ -22,7 +22,7 @@ def make_optimizers(
     than AdamW. Heads, embedders, norms and tokens keep AdamW, as its authors advise.
 
     Args:
-        model: a VGGT.
+        model: a VGGT; what is frozen is left out.
         learning_rate: of AdamW, at the peak. Each group keeps its peak as `group["peak"]`.
         muon_learning_rate: of Muon, at the peak; 0 leaves every parameter to AdamW.
         weight_decay: of AdamW; biases, norms, gains and tokens are not decayed.
@@ -30,10 +30,10 @@ def make_optimizers(
     Raises:
         ConfigError: this torch has no Muon.
     """
-    named = model.named_parameters() if muon_learning_rate else ()
-    hidden = [p for name, p in named if p.ndim == 2 and _in_block(name)]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in trained if muon_learning_rate and p.ndim == 2 and _in_block(name)]
     chosen = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [p for _, p in trained if id(p) not in chosen]
     optimizers: list[Optimizer] = [
         torch.optim.AdamW(_groups(rest, weight_decay), learning_rate, betas=(0.9, 0.98))
     ]

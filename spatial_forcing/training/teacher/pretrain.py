@@ -12,24 +12,22 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from spatial_forcing.errors import CheckpointError, ConfigError, DataError
+from spatial_forcing.errors import CheckpointError, DataError
 from spatial_forcing.storage import disk_full_explained, progress_bar, replace_file, write_json
-from spatial_forcing.teachers.vggt.config import CameraHeadConfig, DPTConfig, VGGTConfig
 from spatial_forcing.teachers.vggt.loading import find_local, load_vggt, save_vggt
 from spatial_forcing.teachers.vggt.model import VGGT
 from spatial_forcing.training.teacher.evaluate import evaluate_teacher, metrics_table
 from spatial_forcing.training.teacher.losses import make_targets, teacher_loss
 from spatial_forcing.training.teacher.optim import make_optimizers
+from spatial_forcing.training.teacher.recipe import PretrainConfig
 from spatial_forcing.training.teacher.scenes import (
     SHARD,
     SceneBatch,
@@ -38,123 +36,8 @@ from spatial_forcing.training.teacher.scenes import (
     missing_shards,
     render_scenes,
 )
-from spatial_forcing.training.teacher.tasks import RESERVED_TASKS, TRAIN_TASKS
 
 LICENCE = "Apache-2.0"
-NANO = VGGTConfig(
-    img_size=128,
-    patch_size=16,
-    embed_dim=128,
-    depth=4,
-    num_heads=4,
-    num_register_tokens=1,
-    patch_embed="stem",
-    init_values=1.0,
-    camera=CameraHeadConfig(trunk_depth=1, num_heads=4, mlp_ratio=2.0, iterations=2, init_values=1.0),
-    dpt=DPTConfig(
-        features=24, out_channels=(24, 32, 48, 48), layers=(0, 1, 2, 3), down_ratio=2, hidden_channels=16
-    ),
-)
-"""The shipped teacher: 2.8 M parameters (1.7 M without heads); two views take 10 to 13 ms on a core."""
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """What `spatial-forcing teacher pretrain` does; the defaults are the shipped recipe.
-
-    Attributes:
-        out: run folder (scenes, checkpoint, metrics, weights).
-        train_scenes: rendered training scenes of three views with cameras anywhere; about 0.25 MB each.
-        policy_scenes: more of them, with cameras near those that policies use.
-        policy_share: share of the batches that come from those.
-        init_from: weights to start from (a folder that an earlier run wrote), or None.
-        test_scenes: rendered scenes of the reserved tasks.
-        steps: optimizer steps.
-        minutes: stop (with the learning rate decayed) after this much training time; None: no limit.
-        views_per_step: views in a batch; a step draws scenes with 1, 2 or 3 of their views.
-        learning_rate, weight_decay: of AdamW.
-        muon_learning_rate: of Muon, which trains the blocks' matrices; 0 leaves them to AdamW.
-        warmup_steps: of linear warm-up, before cosine decay.
-        clip: largest norm of a step's gradient.
-        ema_decay: of the weight average that is evaluated and exported.
-        point_every: the point head is trained in every n-th step (it costs as much as the depth head).
-        seed: of scenes, initial weights and batches.
-        threads: CPU threads of torch.
-        checkpoint_minutes: between checkpoints; each also writes the averaged weights.
-        log_every: steps between lines of `metrics.jsonl`.
-        model: sizes of the VGGT; from Python only.
-    """
-
-    out: Path = Path("runs/vggt-nano")
-    train_scenes: int = 14000
-    policy_scenes: int = 9600
-    policy_share: float = 0.35
-    init_from: Path | None = None
-    test_scenes: int = 896
-    steps: int = 40000
-    minutes: float | None = 75.0
-    views_per_step: int = 12
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 0.02
-    weight_decay: float = 0.05
-    warmup_steps: int = 200
-    clip: float = 1.0
-    ema_decay: float = 0.998
-    point_every: int = 4
-    seed: int = 0
-    threads: int = 1
-    checkpoint_minutes: float = 5.0
-    log_every: int = 50
-    model: tyro.conf.Suppress[VGGTConfig] = field(default_factory=lambda: NANO)
-
-    def __post_init__(self) -> None:
-        positive = (
-            "train_scenes",
-            "test_scenes",
-            "steps",
-            "log_every",
-            "point_every",
-            "threads",
-            "learning_rate",
-        )
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"pretraining's {name} is {getattr(self, name)}; it must be positive.")
-        if self.views_per_step < 3:
-            raise ConfigError(
-                f"views_per_step is {self.views_per_step}; it must be 3 or more (views of a scene)."
-            )
-        if self.minutes is not None and self.minutes <= 0:
-            raise ConfigError(f"minutes is {self.minutes}; it must be positive, or left out.")
-        if self.muon_learning_rate < 0:
-            raise ConfigError(f"muon_learning_rate is {self.muon_learning_rate}; it must not be negative.")
-        if not 0 <= self.policy_share <= 1:
-            raise ConfigError(f"policy_share is {self.policy_share}; it must lie in [0, 1].")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay is {self.ema_decay}; it must lie in [0, 1).")
-
-    @property
-    def train_spec(self) -> SceneSpec:
-        """Training scenes: cluttered and repainted."""
-        return SceneSpec(TRAIN_TASKS, self.train_scenes, size=self.model.img_size, seed=self.seed)
-
-    @property
-    def policy_spec(self) -> SceneSpec:
-        """Training scenes seen from near a policy's cameras."""
-        return replace(self.train_spec, count=self.policy_scenes, seed=self.seed + 10, cameras="near-policy")
-
-    @property
-    def policy_test_spec(self) -> SceneSpec:
-        """Test scenes seen by exactly a policy's two cameras."""
-        count = max(self.test_scenes // 2, 1)
-        return replace(self.test_spec, count=count, views=2, seed=self.seed + 12, cameras="policy")
-
-    @property
-    def test_spec(self) -> SceneSpec:
-        """Test scenes: reserved tasks as the benchmark looks, cameras from another seed."""
-        return SceneSpec(
-            RESERVED_TASKS, self.test_scenes, size=self.model.img_size, seed=self.seed + 2, plain=True
-        )
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -229,6 +112,11 @@ class PretrainRun:
             self.model = VGGT(config.model)
         if config.init_from is not None:
             self._start_from(config.init_from)
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
+        self.model.to(self.device)
+        if config.refine_depth:
+            self.model.requires_grad_(False)
+            cast(nn.Module, self.model.depth_head).requires_grad_(True)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizers = make_optimizers(
             self.model, config.learning_rate, config.muon_learning_rate, config.weight_decay
@@ -277,7 +165,7 @@ class PretrainRun:
     def save(self) -> None:
         """Checkpoint and averaged weights, each written beside its place and renamed."""
         state = {
-            "config": _comparable(self.config),
+            "config": self.config.comparable(),
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -301,13 +189,15 @@ class PretrainRun:
         path = self.out / "checkpoint.pt"
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
-        wanted = _comparable(self.config)
-        different = sorted(k for k in wanted if state["config"].get(k) != wanted[k])
+        state = torch.load(path, weights_only=True, map_location=self.device)
+        wanted = self.config.comparable()
+        # A setting that is newer than the checkpoint had its default there.
+        there = PretrainConfig().comparable() | state["config"]
+        different = sorted(k for k in wanted if there[k] != wanted[k])
         if different:
             raise CheckpointError(
                 f"{path} was trained with other {', '.join(different)} "
-                f"({ {k: state['config'].get(k) for k in different} }); use these or another --out."
+                f"({ {k: there[k] for k in different} }); use these or another --out."
             )
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
@@ -321,14 +211,18 @@ class PretrainRun:
         if near is not None and float(torch.rand((), generator=generator)) < config.policy_share:
             scenes = near
         batch, indices = _draw(scenes, config.views_per_step, generator)
+        batch = batch.to(self.device)
         warmup = min(1.0, (self.step + 1) / config.warmup_steps)
         decay = 0.5 * (1 + math.cos(math.pi * min(self.progress, 1)))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * warmup * decay
-        heads = ("camera", "depth", "point") if self.step % config.point_every == 0 else ("camera", "depth")
-        output = self.model(augment(batch.images, generator), heads)
-        loss, parts = teacher_loss(output, make_targets(batch, tuple(output["depth"].shape[2:4])))
+        output = self.model(augment(batch.images, generator), self._heads())
+        loss, parts = teacher_loss(
+            output,
+            make_targets(batch, tuple(output["depth"].shape[2:4])),
+            relative=config.refine_depth,
+        )
         if not bool(torch.isfinite(loss)):
             raise DataError(
                 f"the loss is {float(loss.detach())} at step {self.step} "
@@ -346,6 +240,13 @@ class PretrainRun:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
         return parts
+
+    def _heads(self) -> tuple[str, ...]:
+        if self.config.refine_depth:
+            return ("depth",)
+        return (
+            ("camera", "depth", "point") if self.step % self.config.point_every == 0 else ("camera", "depth")
+        )
 
     def _log(self, losses: dict[str, Tensor]) -> None:
         row: dict[str, Any] = {"step": self.step, "seconds": round(self.seconds, 1)}
@@ -371,19 +272,5 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     gain = 1 + 0.15 * torch.randn(scenes, 1, 1, 1, 1, generator=generator)
     tint = 1 + 0.05 * torch.randn(scenes, 1, 3, 1, 1, generator=generator)
     shift = 0.05 * torch.randn(scenes, 1, 1, 1, 1, generator=generator)
+    gain, tint, shift = (change.to(images.device) for change in (gain, tint, shift))
     return (images.float() / 255 * gain * tint + shift).clamp(0, 1)
-
-
-def _comparable(config: PretrainConfig) -> dict[str, Any]:
-    """The settings that must not change when a run is resumed (how long it runs may)."""
-    free = {
-        "out",
-        "init_from",
-        "steps",
-        "minutes",
-        "threads",
-        "checkpoint_minutes",
-        "log_every",
-        "test_scenes",
-    }
-    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in free}, default=str))

@@ -98,6 +98,10 @@ class SceneBatch:
     intrinsics: Tensor
     poses: Tensor
 
+    def to(self, device: torch.device) -> SceneBatch:
+        """The same scenes on a device."""
+        return SceneBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
     def select(self, views: Tensor) -> SceneBatch:
         """The views with the given indices (W,) or, per scene, (B, W), in that order."""
         rows = torch.arange(len(self.images))[:, None]

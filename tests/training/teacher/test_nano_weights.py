@@ -9,7 +9,7 @@ from spatial_forcing.teachers.vggt.teacher import NANO_FOLDER
 from spatial_forcing.training.teacher import scenes
 from spatial_forcing.training.teacher.evaluate import evaluate_teacher
 from spatial_forcing.training.teacher.metrics import depth_metrics
-from spatial_forcing.training.teacher.pretrain import NANO, PretrainConfig
+from spatial_forcing.training.teacher.recipe import NANO, PretrainConfig
 from spatial_forcing.training.teacher.scenes import SceneDataset, SceneSpec, render_scenes
 
 

@@ -9,10 +9,11 @@ from spatial_forcing.errors import CheckpointError, ConfigError, DataError
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.vggt.config import CameraHeadConfig, DPTConfig, VGGTConfig
 from spatial_forcing.teachers.vggt.model import VGGT
-from spatial_forcing.training.teacher import scenes
+from spatial_forcing.training.teacher import recipe, scenes
 from spatial_forcing.training.teacher.evaluate import evaluate_teacher
 from spatial_forcing.training.teacher.optim import make_optimizers
-from spatial_forcing.training.teacher.pretrain import PretrainConfig, PretrainRun, pretrain
+from spatial_forcing.training.teacher.pretrain import PretrainRun, pretrain
+from spatial_forcing.training.teacher.recipe import PretrainConfig
 from spatial_forcing.training.teacher.scenes import SceneBatch, SceneDataset
 from spatial_forcing.views import Views
 
@@ -122,6 +123,30 @@ def test_a_second_run_starts_from_the_first_ones_weights(tmp_path):
         PretrainRun(config(tmp_path / "third", init_from=first.weights, model=other))
 
 
+def test_refining_the_depth_head_leaves_features_and_cameras_alone(tmp_path):
+    first = PretrainRun(config(tmp_path / "first"))
+    finish(first)
+    longer = {"steps": 60, "learning_rate": 5e-3, "ema_decay": 0.9}
+    run = PretrainRun(config(tmp_path / "second", init_from=first.weights, refine_depth=True, **longer))
+    before = {name: tensor.clone() for name, tensor in run.average.state_dict().items()}
+    error = evaluate_teacher(run.average, FakeScenes())["abs_rel"]
+    finish(run)
+    after = run.average.state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"depth_head"}
+    assert evaluate_teacher(run.average, FakeScenes())["abs_rel"] < 0.7 * error
+    with pytest.raises(ConfigError, match="init_from"):
+        config(tmp_path / "third", refine_depth=True)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path):
+    finish(PretrainRun(config(tmp_path)))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["config"]["refine_depth"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert PretrainRun(config(tmp_path)).step == 12
+
+
 def test_batches_near_policy_cameras_come_at_their_share(tmp_path):
     class Counting(FakeScenes):
         drawn = 0
@@ -194,7 +219,7 @@ def test_everything_from_rendering_to_metrics(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scenes, "SHARD", 4)
     module = importlib.import_module(pretrain.__module__)  # the package exports the function by its name
     monkeypatch.setattr(module, "SHARD", 4)
-    monkeypatch.setattr(module, "RESERVED_TASKS", ("drawer-open-v3",))
+    monkeypatch.setattr(recipe, "RESERVED_TASKS", ("drawer-open-v3",))
     small = config(
         tmp_path, train_scenes=4, policy_scenes=4, test_scenes=4, steps=2, log_every=1, policy_share=0.5
     )

@@ -90,6 +90,21 @@ def test_nothing_is_asked_beyond_the_clip():
     assert torch.isfinite(loss)
 
 
+def test_relative_errors_prefer_the_near_side_of_an_edge_and_logarithmic_ones_the_likelier():
+    batch = plane_batch()
+    batch.depth[:] = 0.2
+    batch.depth[..., ::5] = batch.depth[..., 1::5] = batch.depth[..., 2::5] = 1.5  # ten of sixteen columns
+    targets = make_targets(batch, (16, 16))
+    confidence = torch.full_like(targets.depth, 1.5)
+
+    def error(guess, relative):
+        depth = torch.full_like(targets.depth, guess)
+        return float(depth_loss(depth, confidence, targets, relative=relative))
+
+    assert error(1.5, relative=False) < error(0.2, relative=False)
+    assert error(0.2, relative=True) < error(1.5, relative=True)
+
+
 def test_confidence_never_weakens_the_depth_gradient():
     targets = make_targets(plane_batch(), (16, 16))
     gradients = []

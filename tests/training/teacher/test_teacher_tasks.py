@@ -6,7 +6,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from spatial_forcing.envs.metaworld_tasks import OBJECT_FAMILIES, object_family
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.training.presets import QUICKSTART_TASKS
-from spatial_forcing.training.teacher.pretrain import PretrainConfig
+from spatial_forcing.training.teacher.recipe import PretrainConfig
 from spatial_forcing.training.teacher.tasks import (
     RESERVED_TASKS,
     TRAIN_TASKS,
