@@ -105,7 +105,7 @@ def interval_chart(
     """
     marks = [m for _, row in rows for m in row]
     names = 6.6 * max(len(label) for label, _ in rows)
-    left = min(max(names + 12, 60), 170)
+    left = min(max(names + 12, 60), 210)
     low, high = (0.0, 1.0) if percent else (0.0, 1.05 * max(m.high for m in marks))
     if signed:
         low, high = (1.05 * f([0.0, *(v for m in marks for v in (m.low, m.high))]) for f in (min, max))
@@ -284,5 +284,5 @@ def _number(value: float, percent: bool) -> str:
     return f"{value:.6g}"
 
 
-def _short(label: str, limit: int = 24) -> str:
+def _short(label: str, limit: int = 30) -> str:
     return label if len(label) <= limit else label[: limit - 1] + "…"

@@ -9,7 +9,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from rich.table import Table
 
-from spatial_forcing.evaluation.paired import ErrorDifference, PairedDifference, holm
+from spatial_forcing.evaluation.paired import ErrorDifference, PairedDifference, holm, p_text
 
 BLIND = "blind"
 """The arm whose images are blanked; see `comparison.arms`."""
@@ -46,7 +46,7 @@ class ArmContrast(ABC, Generic[Difference]):
         """What was found, in words."""
         found = (
             f"{self.found()} over {len(self.difference.per_seed)} training seeds (95 % interval), "
-            f"Holm-corrected p = {self.p_holm:.3f}."
+            f"Holm-corrected p {p_text(self.p_holm)}."
         )
         if self.verdict == "not shown":
             return f"{found} A difference is not shown."
@@ -113,7 +113,14 @@ def contrast_table(contrasts: Sequence[ArmContrast[Difference]], title: str) -> 
         table.add_column(column)
     for one in contrasts:
         part = f"{100 * one.fraction:g} %"
-        table.add_row(one.arm, part, one.control, str(one.difference), f"{one.p_holm:.3f}", one.verdict)
+        table.add_row(
+            one.arm,
+            part,
+            one.control,
+            str(one.difference),
+            p_text(one.p_holm).removeprefix("= "),
+            one.verdict,
+        )
     return [table]
 
 

@@ -9,6 +9,7 @@ from spatial_forcing.analysis.charts import Interval, Series, interval_chart, li
 from spatial_forcing.analysis.comparison import ArmRow, Comparison, Contrast
 from spatial_forcing.analysis.held_out import ErrorContrast, ErrorRow, HeldOut
 from spatial_forcing.analysis.report_data import PictureRow
+from spatial_forcing.evaluation.paired import p_text
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,11 @@ def comparison_section(found: Comparison) -> Section:
         if found.contrasts:
             title = "Paired differences"
             figures.append(_contrast_figure(found.contrasts, found.rows, title, "difference of success"))
-        if all(len(row.curve) > 1 for row in found.rows):
-            figures.append(_curve_figure(found, label))
-        if len({row.fraction for row in found.rows}) > 1:
-            figures.append(_data_figure(found))
+        figures += _curve_figures(found.rows, "Success", "success", percent=True)
+        points = [
+            (row.arm, row.fraction, row.success.mean, row.success.low, row.success.high) for row in found.rows
+        ]
+        figures += _data_figures(points, "Success", "success", percent=True)
         differences = _contrast_table("differences", "Paired differences, in points", found.contrasts, label)
         tables += [_arm_table(found, label), differences, _task_table(found, label)]
     if found.held_out is not None:
@@ -127,11 +129,11 @@ def _contrast_figure(
     x_label: str,
     text: str = "",
 ) -> Figure:
-    label = _labels(rows)
     number = {(row.arm, row.fraction): i for i, row in enumerate(rows)}
+    several = len({row.fraction for row in rows}) > 1
     marks = [
         (
-            f"{label[c.arm, c.fraction]} minus {c.control}",
+            f"{c.arm} \u2212 {c.control}" + (f", {100 * c.fraction:g} %" if several else ""),
             [
                 Interval(
                     number[c.arm, c.fraction],
@@ -148,36 +150,44 @@ def _contrast_figure(
     return Figure(title, svg, f"{text}paired by training seed, hierarchical bootstrap, 95 % intervals")
 
 
-def _curve_figure(found: Comparison, label: Labels) -> Figure:
+def _curve_figures(
+    rows: Sequence[ArmRow | ErrorRow], subject: str, y_label: str, *, percent: bool
+) -> list[Figure]:
+    """A line an arm over training, where it was measured more than once."""
+    if any(len(row.curve) < 2 for row in rows):
+        return []
+    label = _labels(rows)
     series = [
         Series(label[row.arm, row.fraction], number, list(row.curve), list(row.curve.values()))
-        for number, row in enumerate(found.rows)
+        for number, row in enumerate(rows)
     ]
-    title = "Success over training"
-    svg = line_chart(series, title=title, x_label="training step", y_label="success", percent=True)
-    return Figure(title, svg, "mean over seeds", tuple((s.arm, s.label) for s in series))
+    title = f"{subject} over training"
+    svg = line_chart(series, title=title, x_label="training step", y_label=y_label, percent=percent)
+    return [Figure(title, svg, "mean over seeds", tuple((s.arm, s.label) for s in series))]
 
 
-def _data_figure(found: Comparison) -> Figure:
-    arms = list(dict.fromkeys(row.arm for row in found.rows))
+Point = tuple[str, float, float, float, float]
+"""Arm, part of the data, mean over seeds and its interval."""
+
+
+def _data_figures(points: Sequence[Point], subject: str, y_label: str, *, percent: bool) -> list[Figure]:
+    """A line an arm over the parts of the data, where there are several."""
+    if len({part for _, part, *_ in points}) < 2:
+        return []
     series = []
-    for number, arm in enumerate(arms):
-        mine = sorted((row.fraction, row.success) for row in found.rows if row.arm == arm)
-        series.append(
-            Series(
-                arm,
-                number,
-                [100 * fraction for fraction, _ in mine],
-                [s.mean for _, s in mine],
-                [s.low for _, s in mine],
-                [s.high for _, s in mine],
-            )
-        )
-    title = "Success by amount of data"
+    for number, arm in enumerate(dict.fromkeys(arm for arm, *_ in points)):
+        parts, means, lows, highs = zip(*sorted(rest for name, *rest in points if name == arm), strict=True)
+        series.append(Series(arm, number, [100 * part for part in parts], means, lows, highs))
+    title = f"{subject} by amount of data"
     svg = line_chart(
-        series, title=title, x_label="% of the demonstrations", y_label="success", percent=True, whiskers=True
+        series,
+        title=title,
+        x_label="% of the demonstrations",
+        y_label=y_label,
+        percent=percent,
+        whiskers=True,
     )
-    return Figure(title, svg, "95 % intervals over seeds", tuple((s.arm, s.label) for s in series))
+    return [Figure(title, svg, "95 % intervals over seeds", tuple((s.arm, s.label) for s in series))]
 
 
 def _arm_table(found: Comparison, label: Labels) -> TableData:
@@ -216,8 +226,7 @@ def _contrast_table(
                 Cell(c.control),
                 *(Cell.number(100 * v, "{:+.1f}") for v in
                   (c.difference.value, c.difference.low, c.difference.high)),
-                Cell.number(c.difference.p_value, "{:.3f}"),
-                Cell.number(c.p_holm, "{:.3f}"),
+                *(Cell(p_text(p).removeprefix("= "), f"{p:.6g}") for p in (c.difference.p_value, c.p_holm)),
                 Cell(c.verdict),
             )
             for c in contrasts
@@ -243,9 +252,17 @@ def _task_table(found: Comparison, label: Labels) -> TableData:
 
 def _error_figures(found: HeldOut) -> list[Figure]:
     title, x_label = "Held-out error against the controls", "difference, part of the control's error"
-    if not found.contrasts:
-        return []
-    return [_contrast_figure(found.contrasts, found.rows, title, x_label, "left is better; ")]
+    figures = []
+    if found.contrasts:
+        figures.append(_contrast_figure(found.contrasts, found.rows, title, x_label, "left is better; "))
+    subject, y_label = "Held-out error", "standard deviations"
+    figures += _curve_figures(found.rows, subject, y_label, percent=False)
+    points = [
+        (row.arm, row.fraction, row.mean, row.mean if row.low is None else row.low,
+         row.mean if row.high is None else row.high)
+        for row in found.rows
+    ]  # fmt: skip
+    return figures + _data_figures(points, subject, y_label, percent=False)
 
 
 def _error_tables(found: HeldOut) -> list[TableData]:

@@ -18,7 +18,7 @@ from spatial_forcing.comparison.arms import parse_overrides
 from spatial_forcing.comparison.report import write_page
 from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation import read_results
-from spatial_forcing.evaluation.paired import mcnemar, outcomes
+from spatial_forcing.evaluation.paired import mcnemar, outcomes, p_text
 from spatial_forcing.evaluation.planning import independent_episode_sd, sample_sizes
 from spatial_forcing.evaluation.results import EpisodeResult, rates_by_task, remarks
 from spatial_forcing.evaluation.statistics import macro_mean
@@ -79,7 +79,7 @@ def checkpoints(options: tyro.conf.OmitArgPrefixes[CheckpointOptions]) -> None:
         console.print(f"{' '.join(words)}: {macro_mean(list(rates_by_task(rows).values()))}")
     console.print(
         f"{found.episodes} identical episodes; only the first succeeds in {found.only_first}, only the "
-        f"second in {found.only_second}; McNemar's exact p = {found.p_value:.3f}"
+        f"second in {found.only_second}; McNemar's exact p {p_text(found.p_value)}"
         + ("." if found.p_value < 0.05 else ": a difference is not shown.")
     )
     for remark in remarks([*one, *two]):

@@ -289,6 +289,11 @@ def _student(value: float, error: float, seeds: int, confidence: float) -> tuple
     return value - reach, value + reach, min(1.0, p_value)
 
 
+def p_text(p_value: float) -> str:
+    """A p-value as a reader expects it: "= 0.042", and never "= 0.000"."""
+    return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
+
+
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down correction (1979): adjusted p-values by name, in the order given."""
     adjusted: dict[str, float] = {}

@@ -78,6 +78,18 @@ def test_tables_and_page_hold_the_same_figures():
     assert MEANING in page
 
 
+def test_the_page_draws_the_error_over_training_and_over_the_parts_of_the_data():
+    one_part = analyse_errors(records({"alpha0": 1.0, "sf": 0.9}), controls=["alpha0"])
+    titles = lambda found: [f.title for f in comparison_section(without_rollouts([0], [], found)).figures]  # noqa: E731
+    assert titles(one_part) == ["Held-out error against the controls", "Held-out error over training"]
+    # one seed on the small part: a mark without an interval
+    rows = records({"alpha0": 1.0, "sf": 0.9}) + records({"alpha0": 2.0, "sf": 1.5}, seeds=1, fraction=0.05)
+    figures = comparison_section(without_rollouts([0], [], analyse_errors(rows, controls=["alpha0"]))).figures
+    assert figures[-1].title == "Held-out error by amount of data"
+    assert figures[-1].legend == ((0, "alpha0"), (1, "sf"))
+    assert figures[-1].svg.count('class="whisker"') == 4
+
+
 def test_one_seed_is_said_and_nothing_is_refused():
     found = analyse_errors(records({"alpha0": 1.0, "sf": 0.9}, seeds=1), controls=["alpha0"])
     assert found.contrasts == ()

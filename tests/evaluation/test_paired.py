@@ -12,6 +12,7 @@ from spatial_forcing.evaluation.paired import (
     macro_success,
     mcnemar,
     outcomes,
+    p_text,
     paired_difference,
     paired_error,
     spread,
@@ -167,6 +168,12 @@ def test_arms_that_do_not_match_are_refused():
         paired_difference(a, b)
     with pytest.raises(DataError, match="at least two"):
         paired_difference({0: a[0]}, a)
+
+
+def test_no_p_value_is_said_to_be_zero():
+    assert [p_text(p) for p in (0.0, 0.0009, 0.001, 0.0421, 1.0)] == [
+        "< 0.001", "< 0.001", "= 0.001", "= 0.042", "= 1.000"
+    ]  # fmt: skip
 
 
 def test_holm_steps_down_from_the_smallest():
