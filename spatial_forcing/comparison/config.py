@@ -34,7 +34,8 @@ class CompareConfig:
         set: settings (`setting=value`) of every arm that differ from the preset.
         steps: optimizer steps; none: the preset's.
         checkpoints: evaluations over training, evenly spaced, the last step included.
-        tasks: environments of the evaluation; empty: no simulator, `held_out` alone.
+        tasks: environments of the evaluation; empty: no simulator, `held_out` alone. A finished comparison
+            without them may be given some, and then evaluates the policies that it has.
         held_out: share of each task's demonstrations that no run trains on; the error of the predicted
             actions there is reported too (see `evaluation.open_loop`), with or without a simulator. Actions
             and states are still scaled by the statistics of the whole dataset.

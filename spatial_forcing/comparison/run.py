@@ -51,6 +51,8 @@ ACT_TIME, ERRORS = "act_ms.json", "held_out_errors.json"
 ACT_CALLS = 12
 GROWING = frozenset({"arms", "seeds", "fractions", "controls", "parallel", "output", "threshold"})
 """Settings that an existing comparison may change: they add runs or read them anew, and alter none."""
+ROLLOUTS = frozenset({"tasks", "episodes", "first_episode", "horizon", "image_size"})
+"""Settings of the closed-loop evaluation: a comparison that had none yet may get one."""
 CACHE_BATCH = 16
 
 
@@ -119,10 +121,9 @@ def check_folder(config: CompareConfig) -> None:
     if path.exists():
         # Parsed, so that settings which are newer than the folder have their default there.
         there = CompareConfig.from_plain(json.loads(path.read_text())).to_plain()
+        free = GROWING if there["tasks"] else GROWING | ROLLOUTS
         changed = {
-            name: values
-            for name, values in differences(there, config.to_plain()).items()
-            if name not in GROWING
+            name: values for name, values in differences(there, config.to_plain()).items() if name not in free
         }
         if changed:
             listed = "; ".join(f"{n}: {old!r} there, {new!r} asked for" for n, (old, new) in changed.items())

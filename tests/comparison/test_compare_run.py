@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,6 +163,19 @@ def test_without_a_simulator_arms_are_compared_on_held_out_demonstrations(
             settings(moving_rooms, config.output, arms=("alpha0", "sf"), tasks=(), held_out=0.5, steps=4),
             QUIET,
         )
+
+
+def test_a_comparison_without_rollouts_may_get_them_later(moving_rooms, tmp_path, trained, evaluated):
+    without = settings(moving_rooms, tmp_path / "out", tasks=(), held_out=0.25, steps=4, checkpoints=1)
+    before = compare(without, QUIET, no_environment)
+    trained.clear()
+    later = replace(without, tasks=("room",))
+    found = compare(later, QUIET, make_room)
+    assert trained == []
+    assert found.held_out == before.held_out
+    assert found.rows
+    with pytest.raises(ConfigError, match=r"episodes: 2 there, 3 asked for"):
+        compare(replace(later, episodes=3), QUIET, make_room)
 
 
 def test_held_out_errors_stand_beside_success(moving_rooms, tmp_path, trained, evaluated):
