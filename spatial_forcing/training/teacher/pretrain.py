@@ -52,7 +52,7 @@ def pretrain(config: PretrainConfig) -> Path:
         EnvironmentSetupError: no disk space, no GL library, or no Meta-World.
     """
     console = Console()
-    folder = config.out / "scenes"
+    folder = config.scenes or config.out / "scenes"
     specs = {"train": config.train_spec, "test": config.test_spec, "policy_test": config.policy_test_spec}
     if config.policy_share > 0:
         specs["near"] = config.policy_spec

@@ -37,6 +37,7 @@ class PretrainConfig:
 
     Attributes:
         out: run folder (scenes, checkpoint, metrics, weights).
+        scenes: where the rendered scenes are, or come to be; None: in the run's folder.
         train_scenes: rendered training scenes of three views with cameras anywhere; about 0.25 MB each.
         policy_scenes: more of them, with cameras near those that policies use.
         policy_share: share of the batches that come from those.
@@ -62,6 +63,7 @@ class PretrainConfig:
     """
 
     out: Path = Path("runs/vggt-nano")
+    scenes: Path | None = None
     train_scenes: int = 14000
     policy_scenes: int = 9600
     policy_share: float = 0.35
@@ -142,6 +144,7 @@ class PretrainConfig:
         """The settings that must not change when a run is resumed (how long it runs, and where, may)."""
         free = {
             "out",
+            "scenes",
             "init_from",
             "steps",
             "minutes",

@@ -232,3 +232,8 @@ def test_everything_from_rendering_to_metrics(tmp_path, monkeypatch, capsys):
     assert str(weights) in capsys.readouterr().out.replace("\n", "")
     assert pretrain(small) == weights  # everything is there: evaluates and says so again
     assert len(SceneDataset(tmp_path / "scenes" / "train")) == 4
+    again = replace(
+        small, out=tmp_path / "again", scenes=tmp_path / "scenes", init_from=weights, refine_depth=True
+    )
+    assert (pretrain(again) / "model.safetensors").exists()
+    assert not (again.out / "scenes").exists()
