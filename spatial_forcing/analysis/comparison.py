@@ -13,9 +13,12 @@ from rich.table import Table
 
 from spatial_forcing.analysis.contrasts import (
     ArmContrast,
-    against_controls,
+    Groups,
     contrast_table,
+    corrected_contrasts,
     in_words,
+    on_less_data,
+    on_the_same_data,
     worth_of_sight,
 )
 from spatial_forcing.analysis.held_out import HeldOut
@@ -28,7 +31,6 @@ from spatial_forcing.evaluation.paired import (
     macro_success,
     paired_difference,
     spread,
-    verdict_of,
 )
 from spatial_forcing.evaluation.planning import Plan, StepsToThreshold, sample_sizes, steps_to_threshold
 
@@ -96,13 +98,15 @@ class Contrast(ArmContrast[PairedDifference]):
 
     def found(self) -> str:
         """What differs by how much, in words."""
-        return f"{self.arm} minus {self.control}{self.part()}: {self.difference} points"
+        arm, control = self.sides()
+        return f"{arm} minus {control}{self.part()}: {self.difference} points"
 
 
 @dataclass(frozen=True)
 class Comparison:
     """All of it. `plans` say how many seeds the first contrast would need to show `EFFECT` at 80 % power.
 
+    `less_data` are arms on less data against the first control on the most, corrected among themselves.
     Without a simulator there are no rows, and `held_out` is what there is.
     """
 
@@ -116,11 +120,13 @@ class Comparison:
     missing: tuple[str, ...]
     remarks: tuple[str, ...] = ()
     held_out: HeldOut | None = None
+    less_data: tuple[Contrast, ...] = ()
 
     def sentences(self) -> list[str]:
         """The result in words, limits included."""
         said = [*self.remarks, *worth_of_sight(self.contrasts, "success, in points,")]
-        said += in_words(self.contrasts, "Success, in points")
+        for family in (self.contrasts, self.less_data):
+            said += in_words(family, "Success, in points")
         if not (self.contrasts or (self.held_out and self.held_out.contrasts)):
             said.append("Nothing is compared yet: a difference needs two training seeds that both arms have.")
         said += [plan_sentence(plan, self.planned_for) for plan in self.plans[:1]]
@@ -160,9 +166,11 @@ class Comparison:
 
     def tables(self) -> list[Table]:
         """What `rich.print` shows: success, then held-out errors, as far as they were measured."""
+        subject = "Paired differences of success, in points"
         success = [
             self.table(),
-            *contrast_table(self.contrasts, "Paired differences of success, in points"),
+            *contrast_table(self.contrasts, subject),
+            *contrast_table(self.less_data, subject),
         ]
         return [*(success if self.rows else []), *(self.held_out.tables() if self.held_out else [])]
 
@@ -241,7 +249,12 @@ def analyse(
         groups.setdefault((run.arm, run.fraction), {})[run.seed] = run
     threshold = threshold if threshold is not None else _control_level(groups, controls[0])
     rows = tuple(_row(arm, fraction, found, threshold) for (arm, fraction), found in groups.items())
-    contrasts = _contrasts(groups, controls, bootstraps)
+
+    def difference(treated: Mapping[int, RunRecord], other: Mapping[int, RunRecord]) -> PairedDifference:
+        return paired_difference(_final(treated), _final(other), bootstraps=bootstraps)
+
+    same, less = on_the_same_data(groups, controls), on_less_data(groups, controls[0])
+    contrasts = corrected_contrasts(Contrast, groups, same, difference, better=1)
     first = runs[0].outcomes[runs[0].last_step]
     plans: tuple[Plan | None, ...] = ()
     if contrasts:
@@ -260,17 +273,15 @@ def analyse(
         episodes=len(first),
         missing=tuple(missing),
         remarks=tuple(dict.fromkeys(remark for run in runs for remark in run.remarks)),
+        less_data=corrected_contrasts(Contrast, groups, less, difference, better=1),
     )
-
-
-Groups = Mapping[tuple[str, float], Mapping[int, RunRecord]]
 
 
 def _final(found: Mapping[int, RunRecord]) -> SeedOutcomes:
     return {seed: run.outcomes[run.last_step] for seed, run in found.items()}
 
 
-def _control_level(groups: Groups, control: str) -> float:
+def _control_level(groups: Groups[RunRecord], control: str) -> float:
     """Mean success of the control on the most data; of everything where it is not there yet."""
     mine = {fraction: found for (arm, fraction), found in groups.items() if arm == control}
     chosen = [mine[max(mine)]] if mine else list(groups.values())
@@ -298,14 +309,4 @@ def _row(arm: str, fraction: float, found: Mapping[int, RunRecord], threshold: f
         seconds=float(np.mean([run.seconds for run in found.values()])),
         peak_memory=max(run.peak_memory for run in found.values()),
         act_ms=float(np.median(times)) if times else None,
-    )
-
-
-def _contrasts(groups: Groups, controls: Sequence[str], bootstraps: int) -> tuple[Contrast, ...]:
-    def difference(treated: Mapping[int, RunRecord], other: Mapping[int, RunRecord]) -> PairedDifference:
-        return paired_difference(_final(treated), _final(other), bootstraps=bootstraps)
-
-    return tuple(
-        Contrast(arm, control, fraction, d, p_holm, verdict_of(d.value, p_holm))
-        for arm, control, fraction, d, p_holm in against_controls(groups, controls, difference)
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from rich.table import Table
 
-from spatial_forcing.evaluation.paired import ErrorDifference, PairedDifference, holm, p_text
+from spatial_forcing.evaluation.paired import ErrorDifference, PairedDifference, holm, p_text, verdict_of
 
 BLIND = "blind"
 """The arm whose images are blanked; see `comparison.arms`."""
@@ -19,13 +19,25 @@ MANY = 6
 
 Difference = TypeVar("Difference", bound=PairedDifference | ErrorDifference)
 Run = TypeVar("Run")
+Made = TypeVar("Made")
+Groups = Mapping[tuple[str, float], Mapping[int, Run]]
+"""Runs by training seed, by (arm, part of the data)."""
+
+
+class Pair(NamedTuple):
+    """An arm and a control, each on a part of the data."""
+
+    arm: str
+    control: str
+    fraction: float
+    control_fraction: float
 
 
 @dataclass(frozen=True)
 class ArmContrast(ABC, Generic[Difference]):
-    """An arm against a control on the same part of the data, paired by training seed.
+    """An arm against a control, paired by training seed.
 
-    `p_holm` is corrected over all contrasts of the comparison; `verdict` is better, worse or not shown.
+    `p_holm` is corrected over all contrasts of their family; `verdict` is better, worse or not shown.
     `VERB` stands before the verdict in a sentence.
     """
 
@@ -34,6 +46,7 @@ class ArmContrast(ABC, Generic[Difference]):
     arm: str
     control: str
     fraction: float
+    control_fraction: float
     difference: Difference
     p_holm: float
     verdict: str
@@ -50,36 +63,78 @@ class ArmContrast(ABC, Generic[Difference]):
         )
         if self.verdict == "not shown":
             return f"{found} A difference is not shown."
-        return f"{found} {self.arm} {self.VERB} {self.verdict} than {self.control} here."
+        arm, control = self.sides()
+        return f"{found} {arm} {self.VERB} {self.verdict} than {control} here."
+
+    def sides(self) -> tuple[str, str]:
+        """Arm and control, each with its part of the data where the two differ in it."""
+        if self.fraction == self.control_fraction:
+            return self.arm, self.control
+        return self.arm + _on(self.fraction), self.control + _on(self.control_fraction)
 
     def part(self) -> str:
-        """Which part of the data, as the end of a phrase."""
-        return "" if self.fraction == 1 else f" on {100 * self.fraction:g} % of the demonstrations"
+        """Which part of the data both have, as the end of a phrase; empty for all, or where they differ."""
+        alike = self.fraction == self.control_fraction
+        return _on(self.fraction) if alike and self.fraction < 1 else ""
 
 
-def against_controls(
-    groups: Mapping[tuple[str, float], Mapping[int, Run]],
-    controls: Sequence[str],
-    difference: Callable[[Mapping[int, Run], Mapping[int, Run]], Difference],
-) -> list[tuple[str, str, float, Difference, float]]:
-    """Every arm against every control on the same part of the data, with p-values corrected over all (Holm).
+def _on(fraction: float) -> str:
+    return " on all demonstrations" if fraction == 1 else f" on {100 * fraction:g} % of the demonstrations"
+
+
+def on_the_same_data(groups: Groups[Run], controls: Sequence[str]) -> list[Pair]:
+    """Every arm with every control on the same part of the data, where they share two training seeds.
 
     Args:
-        groups: runs by training seed, by (arm, part of the data).
+        groups: of all arms.
         controls: a control is itself compared with those before it.
-        difference: of treated and control runs; called where they share two training seeds.
-
-    Returns:
-        (arm, control, part, difference, corrected p) each.
     """
-    found: list[tuple[str, str, float, Difference]] = []
-    for position, control in enumerate(controls):
-        for (arm, fraction), treated in groups.items():
-            other = groups.get((control, fraction), {})
-            if arm not in controls[: position + 1] and len(treated.keys() & other.keys()) >= 2:
-                found.append((arm, control, fraction, difference(treated, other)))
-    adjusted = holm({str(number): one[3].p_value for number, one in enumerate(found)})
-    return [(*one, adjusted[str(number)]) for number, one in enumerate(found)]
+    return [
+        Pair(arm, control, fraction, fraction)
+        for position, control in enumerate(controls)
+        for (arm, fraction), treated in groups.items()
+        if arm not in controls[: position + 1]
+        and len(treated.keys() & groups.get((control, fraction), {}).keys()) >= 2
+    ]
+
+
+def on_less_data(groups: Groups[Run], control: str) -> list[Pair]:
+    """Every arm, the control too, on less data than the control's most: data efficiency.
+
+    Args:
+        groups: of all arms; pairs that share fewer than two training seeds are left out.
+        control: the arm whose runs on the most data are the measure.
+    """
+    most = max((fraction for arm, fraction in groups if arm == control), default=0.0)
+    return [
+        Pair(arm, control, fraction, most)
+        for (arm, fraction), treated in groups.items()
+        if fraction < most and len(treated.keys() & groups[control, most].keys()) >= 2
+    ]
+
+
+def corrected_contrasts(
+    kind: Callable[[str, str, float, float, Difference, float, str], Made],
+    groups: Groups[Run],
+    pairs: Sequence[Pair],
+    difference: Callable[[Mapping[int, Run], Mapping[int, Run]], Difference],
+    better: int,
+) -> tuple[Made, ...]:
+    """One family of contrasts: its p-values are corrected together (Holm).
+
+    Args:
+        kind: class of the contrasts.
+        groups: of all arms.
+        pairs: what is compared.
+        difference: of treated and control runs.
+        better: sign of a difference that is better, 1 or -1.
+    """
+    found = [difference(groups[p.arm, p.fraction], groups[p.control, p.control_fraction]) for p in pairs]
+    adjusted = holm({str(number): one.p_value for number, one in enumerate(found)})
+    return tuple(
+        kind(*pair, one, p_holm, verdict_of(better * one.value, p_holm))
+        for pair, one, p_holm in zip(pairs, found, adjusted.values(), strict=True)
+    )
 
 
 def in_words(contrasts: Sequence[ArmContrast[Difference]], subject: str) -> list[str]:
@@ -94,10 +149,10 @@ def in_words(contrasts: Sequence[ArmContrast[Difference]], subject: str) -> list
         return [one.sentence() for one in contrasts]
     groups: dict[tuple[str, str], list[ArmContrast[Difference]]] = {}
     for one in unclear:
-        groups.setdefault((one.control, one.part()), []).append(one)
+        groups.setdefault((one.sides()[1], one.part()), []).append(one)
     gathered = [
         f"{subject}, against {control}{part}, a difference is not shown for any of these: "
-        + "; ".join(f"{one.arm} {one.difference}" for one in group)
+        + "; ".join(f"{one.sides()[0]} {one.difference}" for one in group)
         + f" (95 % intervals; Holm-corrected p at least {min(one.p_holm for one in group):.3f})."
         for (control, part), group in groups.items()
     ]
@@ -108,6 +163,9 @@ def contrast_table(contrasts: Sequence[ArmContrast[Difference]], title: str) -> 
     """A row for each contrast, so that no p-value stands beside another's difference; empty without any."""
     if not contrasts:
         return []
+    first = contrasts[0]
+    if first.fraction != first.control_fraction:
+        title += f", against {first.sides()[1]}"
     table = Table(title=title, caption="95 % intervals over seeds; p after Holm's correction over all rows.")
     for column in ("arm", "data", "against", "difference", "p", "verdict"):
         table.add_column(column)

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from rich.table import Table
 
 from spatial_forcing.analysis.contrasts import (
     ArmContrast,
-    against_controls,
     contrast_table,
+    corrected_contrasts,
     in_words,
+    on_less_data,
+    on_the_same_data,
     worth_of_sight,
 )
 from spatial_forcing.errors import DataError
@@ -25,7 +28,6 @@ from spatial_forcing.evaluation.paired import (
     macro_error,
     mean_reach,
     paired_error,
-    verdict_of,
 )
 
 MEANING = (
@@ -87,21 +89,24 @@ class ErrorContrast(ArmContrast[ErrorDifference]):
 
     def found(self) -> str:
         """What differs by how much, in words."""
-        return f"Held-out error, {self.arm} against {self.control}{self.part()}: {self.difference}"
+        arm, control = self.sides()
+        return f"Held-out error, {arm} against {control}{self.part()}: {self.difference}"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """All of it; `episodes` were held out."""
+    """All of it; `episodes` were held out, `less_data` are arms on less data against the control's most."""
 
     rows: tuple[ErrorRow, ...]
     contrasts: tuple[ErrorContrast, ...]
     episodes: int
+    less_data: tuple[ErrorContrast, ...] = ()
 
     def sentences(self) -> list[str]:
         """The result in words, limits included."""
         sight = worth_of_sight(self.contrasts, "the held-out error")
-        return [*sight, *in_words(self.contrasts, "Held-out error"), MEANING]
+        found = (in_words(family, "Held-out error") for family in (self.contrasts, self.less_data))
+        return [*sight, *chain(*found), MEANING]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-able."""
@@ -150,10 +155,12 @@ class HeldOut:
                 f"{row.seconds:.0f}",
                 "-" if row.act_ms is None else f"{row.act_ms:.1f}",
             )
-        return [table, *contrast_table(self.contrasts, "Paired differences of held-out error")]
-
-
-Groups = Mapping[tuple[str, float], Mapping[int, ErrorRecord]]
+        subject = "Paired differences of held-out error"
+        return [
+            table,
+            *contrast_table(self.contrasts, subject),
+            *contrast_table(self.less_data, subject),
+        ]
 
 
 def analyse_errors(
@@ -174,10 +181,16 @@ def analyse_errors(
     groups: dict[tuple[str, float], dict[int, ErrorRecord]] = {}
     for run in runs:
         groups.setdefault((run.arm, run.fraction), {})[run.seed] = run
+
+    def difference(treated: Mapping[int, ErrorRecord], other: Mapping[int, ErrorRecord]) -> ErrorDifference:
+        return paired_error(_final(treated), _final(other), bootstraps=bootstraps)
+
+    same, less = on_the_same_data(groups, controls), on_less_data(groups, controls[0])
     return HeldOut(
         rows=tuple(_row(arm, fraction, found) for (arm, fraction), found in groups.items()),
-        contrasts=_contrasts(groups, controls, bootstraps),
+        contrasts=corrected_contrasts(ErrorContrast, groups, same, difference, better=-1),
         episodes=len(_last(runs[0])),
+        less_data=corrected_contrasts(ErrorContrast, groups, less, difference, better=-1),
     )
 
 
@@ -204,16 +217,6 @@ def _row(arm: str, fraction: float, found: Mapping[int, ErrorRecord]) -> ErrorRo
         seconds=float(np.mean([run.seconds for run in found.values()])),
         peak_memory=max(run.peak_memory for run in found.values()),
         act_ms=float(np.median(times)) if times else None,
-    )
-
-
-def _contrasts(groups: Groups, controls: Sequence[str], bootstraps: int) -> tuple[ErrorContrast, ...]:
-    def difference(treated: Mapping[int, ErrorRecord], other: Mapping[int, ErrorRecord]) -> ErrorDifference:
-        return paired_error(_final(treated), _final(other), bootstraps=bootstraps)
-
-    return tuple(
-        ErrorContrast(arm, control, fraction, d, p_holm, verdict_of(-d.value, p_holm))
-        for arm, control, fraction, d, p_holm in against_controls(groups, controls, difference)
     )
 
 

@@ -11,6 +11,8 @@ from spatial_forcing.analysis.held_out import ErrorContrast, ErrorRow, HeldOut
 from spatial_forcing.analysis.report_data import PictureRow
 from spatial_forcing.evaluation.paired import p_text
 
+LESS_DATA = "Arms on less data against the control on the most"
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -74,6 +76,8 @@ def comparison_section(found: Comparison) -> Section:
         figures += _data_figures(points, "Success", "success", percent=True)
         differences = _contrast_table("differences", "Paired differences, in points", found.contrasts, label)
         tables += [_arm_table(found, label), differences, _task_table(found, label)]
+        if found.less_data:
+            tables.append(_contrast_table("less-data", f"{LESS_DATA}, points", found.less_data, label))
     if found.held_out is not None:
         figures += _error_figures(found.held_out)
         tables += _error_tables(found.held_out)
@@ -223,7 +227,7 @@ def _contrast_table(
         tuple(
             (
                 Cell(label[c.arm, c.fraction]),
-                Cell(c.control),
+                Cell(c.sides()[1]),
                 *(Cell.number(100 * v, "{:+.1f}") for v in
                   (c.difference.value, c.difference.low, c.difference.high)),
                 *(Cell(p_text(p).removeprefix("= "), f"{p:.6g}") for p in (c.difference.p_value, c.p_holm)),
@@ -295,4 +299,8 @@ def _error_tables(found: HeldOut) -> list[TableData]:
         ),
     )
     title = "Paired differences of the held-out error, % of the control's"
-    return [errors, _contrast_table("held-out-differences", title, found.contrasts, label)]
+    tables = [errors, _contrast_table("held-out-differences", title, found.contrasts, label)]
+    if found.less_data:
+        title = f"{LESS_DATA}, held-out error, % of the control's"
+        tables.append(_contrast_table("held-out-less-data", title, found.less_data, label))
+    return tables

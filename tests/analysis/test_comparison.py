@@ -76,6 +76,21 @@ def test_parts_of_the_data_are_compared_each_for_itself():
     assert "Success by amount of data" in [figure.title for figure in section.figures]
 
 
+def test_less_data_against_the_controls_most_is_a_family_of_its_own():
+    rows = runs({"alpha0": 0.1, "sf": 0.9}, fraction=0.05) + runs({"alpha0": 0.4, "sf": 0.9})
+    found = analyse(rows, controls=["alpha0"])
+    alpha0, sf = found.less_data
+    assert (alpha0.arm, alpha0.verdict, sf.arm, sf.verdict) == ("alpha0", "worse", "sf", "better")
+    assert sf.difference.value == pytest.approx(0.5, abs=0.1)
+    assert max(alpha0.p_holm, sf.p_holm) <= 2 * max(alpha0.difference.p_value, sf.difference.p_value)
+    assert any(s.startswith("sf on 5 % of the demonstrations minus alpha0 on all") for s in found.sentences())
+    assert [c.fraction for c in found.contrasts] == [0.05, 1.0]
+    assert len(found.tables()) == 3
+    table = next(t for t in comparison_section(found).tables if t.name == "less-data")
+    assert [cell.text for cell in table.rows[1]][:2] == ["sf, 5 % of data", "alpha0 on all demonstrations"]
+    assert not analyse(runs({"alpha0": 0.1, "sf": 0.9}), controls=["alpha0"]).less_data
+
+
 def test_one_seed_and_missing_runs_are_said():
     found = analyse(runs({"alpha0": 0.3, "sf": 0.8}, seeds=1), controls=["alpha0"], missing=["sf-seed1"])
     assert found.contrasts == ()

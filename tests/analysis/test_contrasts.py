@@ -8,7 +8,15 @@ import pytest
 from rich.console import Console
 
 from spatial_forcing.analysis.comparison import Comparison, Contrast
-from spatial_forcing.analysis.contrasts import against_controls, contrast_table, in_words, worth_of_sight
+from spatial_forcing.analysis.contrasts import (
+    Pair,
+    contrast_table,
+    corrected_contrasts,
+    in_words,
+    on_less_data,
+    on_the_same_data,
+    worth_of_sight,
+)
 from spatial_forcing.analysis.held_out import ErrorContrast, HeldOut
 from spatial_forcing.evaluation.paired import ErrorDifference, PairedDifference
 
@@ -28,18 +36,38 @@ def test_every_arm_meets_every_control_once_and_p_values_are_corrected_over_all(
         ("sf", 0.2): {0: 7.0, 1: 7.0},  # no control on this part
         ("one seed", 1.0): {0: 5.0},
     }
-    found = against_controls(groups, ["alpha0", "shuffled"], gap)
-    assert [(arm, control, part, d.value) for arm, control, part, d, _ in found] == [
-        ("shuffled", "alpha0", 1.0, 2.0),
-        ("sf", "alpha0", 1.0, 6.0),
-        ("sf", "shuffled", 1.0, 4.0),
+    pairs = on_the_same_data(groups, ["alpha0", "shuffled"])
+    found = corrected_contrasts(ErrorContrast, groups, pairs, gap, better=-1)
+    assert [(c.arm, c.control, c.fraction, c.control_fraction, c.difference.value) for c in found] == [
+        ("shuffled", "alpha0", 1.0, 1.0, 2.0),
+        ("sf", "alpha0", 1.0, 1.0, 6.0),
+        ("sf", "shuffled", 1.0, 1.0, 4.0),
     ]
-    assert [p for *_, p in found] == pytest.approx([0.03] * 3)
+    assert [c.p_holm for c in found] == pytest.approx([0.03] * 3)
+    assert {c.verdict for c in found} == {"worse"}
+    assert on_less_data(groups, "alpha0") == [Pair("sf", "alpha0", 0.2, 1.0)]
+    assert on_less_data(groups, "missing") == []
+
+
+def test_less_data_is_compared_with_the_controls_most_and_says_so() -> None:
+    one = ErrorContrast("sf", "alpha0", 0.05, 1.0, difference(-0.2), 0.01, "better")
+    assert one.sentence().startswith(
+        "Held-out error, sf on 5 % of the demonstrations against alpha0 on all demonstrations: -20.0 %"
+    )
+    assert one.sentence().endswith("demonstrations predicts better than alpha0 on all demonstrations here.")
+    many = [
+        ErrorContrast(f"arm{n}", "alpha0", 0.05, 0.5, difference(0.0), 1.0, "not shown") for n in range(7)
+    ]
+    (said,) = in_words(many, "Error")
+    assert "against alpha0 on 50 % of the demonstrations, a difference is not shown" in said
+    assert "arm6 on 5 % of the demonstrations +0.0 %" in said
+    (table,) = contrast_table([one], "Differences")
+    assert table.title == "Differences, against alpha0 on all demonstrations"
 
 
 def test_a_blind_arm_that_is_not_worse_is_said_to_leave_the_comparison_blind() -> None:
     def contrast(arm: str, verdict: str, part: float = 1.0) -> ErrorContrast:
-        return ErrorContrast(arm, "alpha0", part, difference(0.03), 0.2, verdict)
+        return ErrorContrast(arm, "alpha0", part, part, difference(0.03), 0.2, verdict)
 
     assert worth_of_sight([contrast("sf", "better")], "the error") == []
     (said,) = worth_of_sight([contrast("sf", "better"), contrast("blind", "not shown")], "the error")
@@ -55,7 +83,7 @@ def test_a_blind_arm_that_is_not_worse_is_said_to_leave_the_comparison_blind() -
 
 def test_a_narrow_terminal_keeps_each_difference_beside_its_own_p_value() -> None:
     contrasts = [
-        ErrorContrast("standardised", control, 0.05, difference(gap, p), p, verdict)
+        ErrorContrast("standardised", control, 0.05, 0.05, difference(gap, p), p, verdict)
         for control, gap, p, verdict in (
             ("alpha0", -0.2, 0.006, "better"),
             ("shuffled", 0.1, 0.542, "not shown"),
@@ -75,11 +103,11 @@ def test_a_narrow_terminal_keeps_each_difference_beside_its_own_p_value() -> Non
 def test_many_differences_that_are_not_shown_make_one_sentence_a_control() -> None:
     def contrasts(arms: int) -> list[ErrorContrast]:
         unclear = [
-            ErrorContrast(f"arm{n}", control, 1.0, difference(n / 100), 0.5 + n / 10, "not shown")
+            ErrorContrast(f"arm{n}", control, 1.0, 1.0, difference(n / 100), 0.5 + n / 10, "not shown")
             for control in ("alpha0", "shuffled")
             for n in range(arms)
         ]
-        return [*unclear, ErrorContrast("sf", "alpha0", 1.0, difference(-0.1), 0.01, "better")]
+        return [*unclear, ErrorContrast("sf", "alpha0", 1.0, 1.0, difference(-0.1), 0.01, "better")]
 
     assert len(in_words(contrasts(3), "Error")) == 7
     shown, first, second = in_words(contrasts(4), "Error")
@@ -92,10 +120,10 @@ def test_many_differences_that_are_not_shown_make_one_sentence_a_control() -> No
 
 
 def test_both_kinds_of_comparison_say_it() -> None:
-    errors = HeldOut((), (ErrorContrast("blind", "alpha0", 1.0, difference(0.03), 0.2, "not shown"),), 8)
+    errors = HeldOut((), (ErrorContrast("blind", "alpha0", 1.0, 1.0, difference(0.03), 0.2, "not shown"),), 8)
     assert sum("What sight is worth here" in line for line in errors.sentences()) == 1
     success = PairedDifference(-0.2, -0.3, -0.1, 0.01, {0: -0.2, 1: -0.2}, {}, 0.0, 0.5, 40)
-    blind = Contrast("blind", "alpha0", 1.0, success, 0.01, "worse")
+    blind = Contrast("blind", "alpha0", 1.0, 1.0, success, 0.01, "worse")
     found = Comparison((), (blind,), (), "", 0.5, (0, 1), 40, (), held_out=errors)
     assert sum("What sight is worth here" in line for line in found.sentences()) == 2
     assert any("change success, in points, by -20.0" in line for line in found.sentences())

@@ -58,6 +58,11 @@ def test_controls_are_compared_with_those_before_them_and_parts_for_themselves()
         ("sf", "alpha0", 1.0), ("shuffled", "alpha0", 1.0), ("sf", "alpha0", 0.2), ("sf", "shuffled", 1.0)
     ]  # fmt: skip
     assert "on 20 % of the demonstrations" in found.contrasts[2].sentence()
+    alpha0, sf = found.less_data
+    assert (alpha0.arm, alpha0.verdict, sf.arm, sf.verdict) == ("alpha0", "worse", "sf", "not shown")
+    assert sf.sentence() in found.sentences()
+    section = comparison_section(without_rollouts([0], [], found))
+    assert [t.name for t in section.tables] == ["held-out", "held-out-differences", "held-out-less-data"]
 
 
 def test_tables_and_page_hold_the_same_figures():
