@@ -234,7 +234,8 @@ def analyse(
         runs: of any arms, parts and seeds; each is compared where its partner is there.
         controls: arms that the others are compared with, the first one first. A control is itself compared
             with the controls before it.
-        threshold: success rate of "steps to threshold"; None: the first control's mean on all data.
+        threshold: success rate of "steps to threshold"; None: the first control's mean on all data, or
+            one solved episode where it solves none.
         missing: names of runs that are not finished.
         bootstraps: draws for each interval.
 
@@ -282,10 +283,14 @@ def _final(found: Mapping[int, RunRecord]) -> SeedOutcomes:
 
 
 def _control_level(groups: Groups[RunRecord], control: str) -> float:
-    """Mean success of the control on the most data; of everything where it is not there yet."""
+    """Mean success of the control on the most data; of everything where it is not there yet.
+
+    At least one episode's worth: a policy that solves nothing would else reach the threshold at once.
+    """
     mine = {fraction: found for (arm, fraction), found in groups.items() if arm == control}
     chosen = [mine[max(mine)]] if mine else list(groups.values())
-    return float(np.mean([spread(_final(found)).mean for found in chosen]))
+    level = float(np.mean([spread(_final(found)).mean for found in chosen]))
+    return max(level, 1 / max(len(won) for found in chosen for won in _final(found).values()))
 
 
 def _row(arm: str, fraction: float, found: Mapping[int, RunRecord], threshold: float) -> ArmRow:

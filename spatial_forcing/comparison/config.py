@@ -47,7 +47,8 @@ class CompareConfig:
         teacher: 3D teacher, also of the shuffled, random and fusion arms.
         image_teacher: of the arm `2d`: a registered name or a folder.
         parallel: training processes, and simulators, side by side.
-        threshold: success rate of "steps to threshold"; none: the first control's final mean.
+        threshold: success rate of "steps to threshold"; none: the first control's final mean, or one solved
+            episode where it solves none.
     """
 
     dataset: Path

@@ -55,6 +55,14 @@ def test_threshold_is_the_controls_level_and_steps_are_censored():
     assert rows["alpha0"].steps.reached == 6
 
 
+def test_a_control_that_solves_nothing_does_not_reach_the_threshold():
+    found = analyse(runs({"alpha0": 0.0, "sf": 0.9}), controls=["alpha0"])
+    rows = {row.arm: row for row in found.rows}
+    assert found.threshold == pytest.approx(1 / 60)
+    assert (rows["alpha0"].steps.reached, rows["alpha0"].steps.median) == (0, None)
+    assert rows["sf"].steps.reached == 6
+
+
 def test_remarks_stand_beside_the_figures():
     said = "Stand-in assets: not comparable with published results."
     marked = [replace(run, remarks=(said,)) for run in runs({"alpha0": 0.3, "sf": 0.8})]
