@@ -14,7 +14,7 @@ from spatial_forcing.evaluation.paired import ErrorDifference, PairedDifference,
 BLIND = "blind"
 """The arm whose images are blanked; see `comparison.arms`."""
 
-MANY = 6
+MANY = 3
 """More differences than this that are not shown are said in one sentence for each control."""
 
 Difference = TypeVar("Difference", bound=PairedDifference | ErrorDifference)
@@ -147,14 +147,14 @@ def in_words(contrasts: Sequence[ArmContrast[Difference]], subject: str) -> list
     unclear = [one for one in contrasts if one.verdict == "not shown"]
     if len(unclear) <= MANY:
         return [one.sentence() for one in contrasts]
-    groups: dict[tuple[str, str], list[ArmContrast[Difference]]] = {}
+    groups: dict[str, list[ArmContrast[Difference]]] = {}
     for one in unclear:
-        groups.setdefault((one.sides()[1], one.part()), []).append(one)
+        groups.setdefault(one.sides()[1], []).append(one)
     gathered = [
-        f"{subject}, against {control}{part}, a difference is not shown for any of these: "
-        + "; ".join(f"{one.sides()[0]} {one.difference}" for one in group)
+        f"{subject}, against {control}, a difference is not shown for any of these: "
+        + "; ".join(f"{one.sides()[0]}{one.part()} {one.difference}" for one in group)
         + f" (95 % intervals; Holm-corrected p at least {min(one.p_holm for one in group):.3f})."
-        for (control, part), group in groups.items()
+        for control, group in groups.items()
     ]
     return [*(one.sentence() for one in contrasts if one.verdict != "not shown"), *gathered]
 

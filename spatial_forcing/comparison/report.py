@@ -25,7 +25,7 @@ def write_page(config: CompareConfig, found: Comparison, further: tuple[Section,
         notes=(
             "The arms of a training seed start from the same weights and see the same batches in the same "
             "order; all runs are evaluated on the same episodes.",
-            "Intervals are over training seeds; p-values are corrected over all differences of this page "
+            "Intervals are over training seeds; p-values are corrected over all differences of their table "
             "(Holm). What is called not shown may still be true: the sample was too small to tell.",
         ),
         sections=(comparison_section(found), *further),
@@ -37,8 +37,9 @@ def write_page(config: CompareConfig, found: Comparison, further: tuple[Section,
 
 
 def _measured(config: CompareConfig) -> str:
+    tasks = "one task" if len(config.tasks) == 1 else f"each of {len(config.tasks)} tasks"
     by = [
-        f"{config.episodes} episodes of each of {len(config.tasks)} tasks" if config.tasks else "",
+        f"{config.episodes} episodes of {tasks}" if config.tasks else "",
         f"{100 * config.held_out:g} % of them held out" if config.held_out else "",
     ]
     return ", ".join(filter(None, by))

@@ -44,14 +44,16 @@ def main(settings: Settings) -> None:
     parts = sorted({c["fraction"] for c in found})
     plt.rcParams |= {"svg.hashsalt": "errors", "font.size": 9, "svg.fonttype": "none"}
     tallest = max(sum(c["fraction"] == part for c in found) for part in parts)
+    width, head = (6.4, 0.9) if len(parts) == 1 else (8.4, 1.2)
     figure, panels = plt.subplots(
-        1, len(parts), figsize=(6.4 if len(parts) == 1 else 8.4, 0.9 + 0.24 * tallest),
-        sharey=True, squeeze=False, layout="constrained",
+        1, len(parts), figsize=(width, head + 0.24 * tallest),
+        sharex=True, sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
     for axes, part in zip(panels[0], parts, strict=True):
         draw(axes, [c for c in found if c["fraction"] == part])
-        share = "" if len(parts) == 1 else f", {100 * part:g} % of the demonstrations"
-        axes.set_title(f"Held-out error against {settings.control}, %{share}", fontsize=9)
+        if len(parts) > 1:
+            axes.set_title(f"{100 * part:g} % of the demonstrations", fontsize=9)
+    figure.suptitle(f"Held-out error against {settings.control}, %", fontsize=9)
     figure.savefig(settings.results / "errors.svg", metadata={"Date": None})
     print(settings.results / "errors.svg")
 
