@@ -192,7 +192,7 @@ def select_episodes(dataset: Dataset, config: TrainConfig) -> list[int]:
             "drop them from `episodes`."
         )
     orders = _shuffled_by_task(dataset, wanted)
-    return sorted(n for numbers in orders for n in numbers[: math.ceil(config.fraction * len(numbers))])
+    return sorted(n for numbers in orders for n in numbers[: share_of(config.fraction, len(numbers))])
 
 
 def hold_out(dataset: Dataset, share: float) -> tuple[list[int], list[int]]:
@@ -206,7 +206,7 @@ def hold_out(dataset: Dataset, share: float) -> tuple[list[int], list[int]]:
     kept: list[int] = []
     held: list[int] = []
     for numbers in _shuffled_by_task(dataset, range(len(dataset.episodes))):
-        count = math.ceil(share * len(numbers))
+        count = share_of(share, len(numbers))
         if count >= len(numbers):
             raise ConfigError(
                 f"{share:g} of the {len(numbers)} episodes of {dataset.episodes[numbers[0]].task!r} are to "
@@ -215,6 +215,14 @@ def hold_out(dataset: Dataset, share: float) -> tuple[list[int], list[int]]:
         held += numbers[len(numbers) - count :]
         kept += numbers[: len(numbers) - count]
     return sorted(kept), sorted(held)
+
+
+def share_of(fraction: float, count: int) -> int:
+    """How many of `count` a part in (0, 1] is: rounded up, at least one, and 0.28 of 50 is 14.
+
+    Floating point has 14.000000000000002 there, which plainly rounded up would be 15.
+    """
+    return max(1, math.ceil(round(fraction * count, 6)))
 
 
 def _shuffled_by_task(dataset: Dataset, wanted: Iterable[int]) -> list[list[int]]:

@@ -17,7 +17,7 @@ from spatial_forcing.students.parity import example_observations
 from spatial_forcing.teachers.cache_build import build_cache
 from spatial_forcing.teachers.cache_source import dataset_source
 from spatial_forcing.training import OptimConfig, TrainConfig, build_parts, train
-from spatial_forcing.training.parts import hold_out, select_episodes
+from spatial_forcing.training.parts import hold_out, select_episodes, share_of
 from tests.fakes import CAMERAS, FakeTeacher
 from tests.training.fake_run import curve, weights
 
@@ -175,6 +175,15 @@ def test_fractions_are_nested_and_take_the_same_part_of_each_task(folders, tmp_p
     batches = build_parts(make_config(folders, tmp_path, 0.0, fraction=0.3)).batches
     seen = {int(e) for step in range(6) for e in batches.batch(step)["episode_index"]}
     assert seen == set(chosen[0])
+
+
+def test_a_share_is_exact_where_floating_point_is_not():
+    assert [share_of(f, n) for f, n in [(0.28, 50), (0.07, 100), (0.05, 24), (1e-9, 9), (1.0, 7)]] == [
+        14, 7, 2, 1, 7
+    ]  # fmt: skip
+    for percent in range(1, 101):
+        for count in range(1, 300):
+            assert share_of(percent / 100, count) == -(-percent * count // 100)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
