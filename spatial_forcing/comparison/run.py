@@ -120,11 +120,12 @@ def check_folder(config: CompareConfig) -> None:
     path = config.output / CONFIG
     if path.exists():
         # Parsed, so that settings which are newer than the folder have their default there.
-        there = CompareConfig.from_plain(json.loads(path.read_text())).to_plain()
-        free = GROWING if there["tasks"] else GROWING | ROLLOUTS
-        changed = {
-            name: values for name, values in differences(there, config.to_plain()).items() if name not in free
-        }
+        there = CompareConfig.from_plain(json.loads(path.read_text()))
+        free = GROWING if there.tasks else GROWING | ROLLOUTS
+        if all(arm.target != "image" for arm in there.specs):
+            free |= {"image_teacher"}  # no run has used it yet
+        compared = differences(there.to_plain(), config.to_plain())
+        changed = {name: values for name, values in compared.items() if name not in free}
         if changed:
             listed = "; ".join(f"{n}: {old!r} there, {new!r} asked for" for n, (old, new) in changed.items())
             raise ConfigError(

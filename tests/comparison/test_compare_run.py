@@ -126,6 +126,14 @@ def test_a_comparison_from_before_a_setting_existed_goes_on(rooms, tmp_path, tra
     assert trained == []
 
 
+def test_the_2d_teacher_may_be_chosen_until_an_arm_has_used_it(rooms, tmp_path):
+    plain, flat = ("alpha0", "sf"), ("alpha0", "sf", "2d")
+    module.check_folder(settings(rooms, tmp_path, arms=plain))
+    module.check_folder(settings(rooms, tmp_path, arms=flat, image_teacher="mine"))
+    with pytest.raises(ConfigError, match="image_teacher: 'mine' there, 'another' asked for"):
+        module.check_folder(settings(rooms, tmp_path, arms=flat, image_teacher="another"))
+
+
 def no_environment(task, **kwargs):
     raise AssertionError("a comparison without tasks made an environment")
 
