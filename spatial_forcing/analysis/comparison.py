@@ -14,8 +14,10 @@ from rich.table import Table
 from spatial_forcing.analysis.contrasts import (
     ArmContrast,
     Groups,
+    contrast_columns,
     contrast_table,
     corrected_contrasts,
+    csv_lines,
     in_words,
     on_less_data,
     on_the_same_data,
@@ -24,6 +26,7 @@ from spatial_forcing.analysis.contrasts import (
 from spatial_forcing.analysis.held_out import HeldOut
 from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation.paired import (
+    LEVEL,
     Outcomes,
     PairedDifference,
     SeedOutcomes,
@@ -94,7 +97,7 @@ class ArmRow:
 class Contrast(ArmContrast[PairedDifference]):
     """An arm minus a control in success."""
 
-    VERB = "is"
+    VERB, BETTER = "is", 1
 
     def found(self) -> str:
         """What differs by how much, in words."""
@@ -104,7 +107,7 @@ class Contrast(ArmContrast[PairedDifference]):
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it. `plans` say how many seeds the first contrast would need to show `EFFECT` at 80 % power.
+    """All of it. `plans` say how many seeds it takes to show `EFFECT` at 80 % power.
 
     `less_data` are arms on less data against the first control on the most, corrected among themselves.
     Without a simulator there are no rows, and `held_out` is what there is.
@@ -141,27 +144,21 @@ class Comparison:
         return plain | {"sentences": self.sentences()}
 
     def csv(self) -> str:
-        """One line an arm, with its contrast to the first control."""
-        control = self.contrasts[0].control if self.contrasts else ""
-        against = {(c.arm, c.fraction): c for c in self.contrasts if c.control == control}
+        """A line for each arm and control, the control's other parts of the data included."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(
-            ["arm", "fraction", "seeds", "success", "low", "high", "sd_over_seeds", "control", "difference",
-             "difference_low", "difference_high", "p", "p_holm", "verdict", "median_steps_to_threshold",
-             "steps_low", "steps_high", "reached", "train_seconds", "peak_memory_bytes", "act_ms"]
+            ["arm", "fraction", "seeds", "success", "low", "high", "sd_over_seeds",
+             "median_steps_to_threshold", "steps_low", "steps_high", "reached", "train_seconds",
+             "peak_memory_bytes", "act_ms", *contrast_columns("difference")]
         )  # fmt: skip
         for row in self.rows:
-            c = against.get((row.arm, row.fraction))
-            d = c.difference if c else None
-            paired = (
-                [control, d.value, d.low, d.high, d.p_value, c.p_holm, c.verdict] if c and d else [""] * 7
-            )
             s, t = row.success, row.steps
-            writer.writerow(
-                [row.arm, row.fraction, s.seeds, s.mean, s.low, s.high, s.sd, *paired, t.median, t.low,
-                 t.high, t.reached, row.seconds, row.peak_memory, row.act_ms]
-            )  # fmt: skip
+            own = [
+                row.arm, row.fraction, s.seeds, s.mean, s.low, s.high, s.sd, t.median, t.low, t.high,
+                t.reached, row.seconds, row.peak_memory, row.act_ms,
+            ]  # fmt: skip
+            writer.writerows(csv_lines(own, row.arm, row.fraction, (*self.contrasts, *self.less_data)))
         return text.getvalue()
 
     def tables(self) -> list[Table]:
@@ -209,15 +206,40 @@ def interval_text(s: Spread) -> str:
     """Success in %, with the interval of the mean where there is one."""
     if s.seeds == 1:
         return f"{100 * s.mean:.1f} (one seed)"
+    if s.sd == 0:
+        return f"{100 * s.mean:.1f} (every seed alike)"
     return f"{100 * s.mean:.1f} [{100 * s.low:.1f}, {100 * s.high:.1f}]"
 
 
-def plan_sentence(plan: Plan | None, contrast: str) -> str:
+def plan_sentence(plan: Plan | None, spread_of: str) -> str:
     """How large a comparison must be to see five points."""
-    goal = f"To see {100 * EFFECT:.0f} points at 80 % power with the spread of {contrast}"
+    goal = f"To see {100 * EFFECT:.0f} points at 80 % power with the spread of {spread_of}"
     if plan is None:
         return f"{goal}, more than a thousand seeds are needed."
     return f"{goal}, {plan.episodes} episodes x {plan.seeds} seeds are needed."
+
+
+def _plans(contrasts: Sequence[Contrast]) -> tuple[tuple[Plan | None, ...], str]:
+    """Sizes that would show `EFFECT`, and whose spread they rest on: the first contrast's on the most data.
+
+    The level is what the smallest of the corrected p-values has to stay below.
+    """
+    if not contrasts:
+        return (), ""
+    chosen = max(contrasts, key=lambda c: c.fraction)
+    d, level = chosen.difference, LEVEL / len(contrasts)
+    plans = sample_sizes(
+        EFFECT,
+        seed_sd=d.seed_sd,
+        episode_sd=max(d.episode_sd, 1e-3),
+        episodes=(d.episodes, 2 * d.episodes, 4 * d.episodes),
+        alpha=level,
+    )
+    number = f" / {len(contrasts)} differences" if len(contrasts) > 1 else ""
+    return tuple(plans), (
+        f"{chosen.arm} minus {chosen.control}{chosen.part()} (standard deviation {d.seed_sd:.2f} over seeds, "
+        f"{d.episode_sd:.2f} over a seed's episodes) at level {LEVEL:g}{number}"
+    )
 
 
 def analyse(
@@ -255,26 +277,20 @@ def analyse(
         return paired_difference(_final(treated), _final(other), bootstraps=bootstraps)
 
     same, less = on_the_same_data(groups, controls), on_less_data(groups, controls[0])
-    contrasts = corrected_contrasts(Contrast, groups, same, difference, better=1)
+    contrasts = corrected_contrasts(Contrast, groups, same, difference)
     first = runs[0].outcomes[runs[0].last_step]
-    plans: tuple[Plan | None, ...] = ()
-    if contrasts:
-        d = contrasts[0].difference
-        sizes = (d.episodes, 2 * d.episodes, 4 * d.episodes)
-        plans = tuple(
-            sample_sizes(EFFECT, seed_sd=d.seed_sd, episode_sd=max(d.episode_sd, 1e-3), episodes=sizes)
-        )
+    plans, planned_for = _plans(contrasts)
     return Comparison(
         rows=rows,
         contrasts=contrasts,
         plans=plans,
-        planned_for=f"{contrasts[0].arm} minus {contrasts[0].control}" if contrasts else "",
+        planned_for=planned_for,
         threshold=threshold,
         seeds=tuple(sorted({run.seed for run in runs})),
         episodes=len(first),
         missing=tuple(missing),
         remarks=tuple(dict.fromkeys(remark for run in runs for remark in run.remarks)),
-        less_data=corrected_contrasts(Contrast, groups, less, difference, better=1),
+        less_data=corrected_contrasts(Contrast, groups, less, difference),
     )
 
 

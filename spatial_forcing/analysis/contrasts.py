@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from rich.table import Table
 
@@ -19,7 +19,7 @@ MANY = 3
 
 Difference = TypeVar("Difference", bound=PairedDifference | ErrorDifference)
 Run = TypeVar("Run")
-Made = TypeVar("Made")
+Made = TypeVar("Made", bound="ArmContrast[Any]")
 Groups = Mapping[tuple[str, float], Mapping[int, Run]]
 """Runs by training seed, by (arm, part of the data)."""
 
@@ -38,10 +38,11 @@ class ArmContrast(ABC, Generic[Difference]):
     """An arm against a control, paired by training seed.
 
     `p_holm` is corrected over all contrasts of their family; `verdict` is better, worse or not shown.
-    `VERB` stands before the verdict in a sentence.
+    `VERB` stands before the verdict in a sentence; `BETTER` is the sign of a better difference.
     """
 
     VERB: ClassVar[str]
+    BETTER: ClassVar[int]
 
     arm: str
     control: str
@@ -114,11 +115,10 @@ def on_less_data(groups: Groups[Run], control: str) -> list[Pair]:
 
 
 def corrected_contrasts(
-    kind: Callable[[str, str, float, float, Difference, float, str], Made],
+    kind: type[Made],
     groups: Groups[Run],
     pairs: Sequence[Pair],
-    difference: Callable[[Mapping[int, Run], Mapping[int, Run]], Difference],
-    better: int,
+    difference: Callable[[Mapping[int, Run], Mapping[int, Run]], PairedDifference | ErrorDifference],
 ) -> tuple[Made, ...]:
     """One family of contrasts: its p-values are corrected together (Holm).
 
@@ -126,13 +126,12 @@ def corrected_contrasts(
         kind: class of the contrasts.
         groups: of all arms.
         pairs: what is compared.
-        difference: of treated and control runs.
-        better: sign of a difference that is better, 1 or -1.
+        difference: of treated and control runs, of the class's kind.
     """
     found = [difference(groups[p.arm, p.fraction], groups[p.control, p.control_fraction]) for p in pairs]
     adjusted = holm({str(number): one.p_value for number, one in enumerate(found)})
     return tuple(
-        kind(*pair, one, p_holm, verdict_of(better * one.value, p_holm))
+        kind(*pair, one, p_holm, verdict_of(kind.BETTER * one.value, p_holm))
         for pair, one, p_holm in zip(pairs, found, adjusted.values(), strict=True)
     )
 
@@ -157,6 +156,31 @@ def in_words(contrasts: Sequence[ArmContrast[Difference]], subject: str) -> list
         for control, group in groups.items()
     ]
     return [*(one.sentence() for one in contrasts if one.verdict != "not shown"), *gathered]
+
+
+def contrast_columns(difference: str) -> list[str]:
+    """Header of what `csv_lines` adds; `difference` names the column of the estimate."""
+    return ["control", "control_fraction", difference, "difference_low", "difference_high", "p", "p_holm",
+            "verdict"]  # fmt: skip
+
+
+def csv_lines(
+    own: Sequence[object], arm: str, fraction: float, contrasts: Iterable[ArmContrast[Difference]]
+) -> list[list[object]]:
+    """Lines of an arm's CSV: its own figures beside each of its contrasts; one line where there is none.
+
+    Args:
+        own: figures of the arm on that part of the data.
+        arm, fraction: which.
+        contrasts: of all arms and families.
+    """
+    lines: list[list[object]] = [
+        [*own, c.control, c.control_fraction, d.value, d.low, d.high, d.p_value, c.p_holm, c.verdict]
+        for c in contrasts
+        if (c.arm, c.fraction) == (arm, fraction)
+        for d in (c.difference,)
+    ]
+    return lines or [[*own, *[""] * len(contrast_columns(""))]]
 
 
 def contrast_table(contrasts: Sequence[ArmContrast[Difference]], title: str) -> list[Table]:
@@ -186,7 +210,8 @@ def worth_of_sight(contrasts: Iterable[ArmContrast[Difference]], measured: str) 
     """Whether the comparison could show what an arm sees: a sentence for each part with a blind arm.
 
     Where blanked images are not shown to do worse, arms that differ in their eyes can hardly be told apart,
-    and "not shown" among them says little.
+    and "not shown" among them says little. This checks the comparison and is none of its findings: the
+    p-value is not corrected for them, so that more arms do not make a comparison look blind.
 
     Args:
         contrasts: of all arms; the first control of each part is read.
@@ -195,12 +220,13 @@ def worth_of_sight(contrasts: Iterable[ArmContrast[Difference]], measured: str) 
     said: dict[float, str] = {}
     for one in contrasts:
         if one.arm == BLIND and one.fraction not in said:
+            alone = verdict_of(one.BETTER * one.difference.value, one.difference.p_value)
             said[one.fraction] = (
                 f"What sight is worth here{one.part()}: blanked images change {measured} by {one.difference} "
                 f"against {one.control}, "
                 + (
                     "the scale on which differences between arms that see are to be read."
-                    if one.verdict == "worse"
+                    if alone == "worse"
                     else "which is not shown to be worse: these runs can hardly tell what an arm sees."
                 )
             )

@@ -14,8 +14,10 @@ from rich.table import Table
 
 from spatial_forcing.analysis.contrasts import (
     ArmContrast,
+    contrast_columns,
     contrast_table,
     corrected_contrasts,
+    csv_lines,
     in_words,
     on_less_data,
     on_the_same_data,
@@ -85,7 +87,7 @@ class ErrorRow:
 class ErrorContrast(ArmContrast[ErrorDifference]):
     """An arm against a control in held-out error; a lower one is better."""
 
-    VERB = "predicts"
+    VERB, BETTER = "predicts", -1
 
     def found(self) -> str:
         """What differs by how much, in words."""
@@ -114,28 +116,18 @@ class HeldOut:
         return plain | {"sentences": self.sentences()}
 
     def csv(self) -> str:
-        """One line for each arm and control."""
+        """A line for each arm and control, the control's other parts of the data included."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(
             ["arm", "fraction", "seeds", "error", "low", "high", "train_seconds", "peak_memory_bytes",
-             "act_ms", "control", "relative_difference", "difference_low", "difference_high", "p", "p_holm",
-             "verdict"]
+             "act_ms", *contrast_columns("relative_difference")]
         )  # fmt: skip
         for row in self.rows:
             cost = [row.seconds, row.peak_memory, row.act_ms]
             own = [row.arm, row.fraction, len(row.per_seed), row.mean, row.low, row.high, *cost]
-            mine = self.contrasts_of(row)
-            for c in mine:
-                d = c.difference
-                writer.writerow([*own, c.control, d.value, d.low, d.high, d.p_value, c.p_holm, c.verdict])
-            if not mine:
-                writer.writerow([*own, *[""] * 7])
+            writer.writerows(csv_lines(own, row.arm, row.fraction, (*self.contrasts, *self.less_data)))
         return text.getvalue()
-
-    def contrasts_of(self, row: ErrorRow) -> list[ErrorContrast]:
-        """Those of one arm on one part of the data."""
-        return [c for c in self.contrasts if (c.arm, c.fraction) == (row.arm, row.fraction)]
 
     def tables(self) -> list[Table]:
         """Arms with their error and cost, then their paired differences, for `rich.print`."""
@@ -188,9 +180,9 @@ def analyse_errors(
     same, less = on_the_same_data(groups, controls), on_less_data(groups, controls[0])
     return HeldOut(
         rows=tuple(_row(arm, fraction, found) for (arm, fraction), found in groups.items()),
-        contrasts=corrected_contrasts(ErrorContrast, groups, same, difference, better=-1),
+        contrasts=corrected_contrasts(ErrorContrast, groups, same, difference),
         episodes=len(_last(runs[0])),
-        less_data=corrected_contrasts(ErrorContrast, groups, less, difference, better=-1),
+        less_data=corrected_contrasts(ErrorContrast, groups, less, difference),
     )
 
 

@@ -6,8 +6,9 @@ evaluation episodes, a mean over tasks. Arms that share their seeds and episodes
 The standard error of the mean difference comes from a hierarchical bootstrap: seeds are drawn with
 replacement, and for each drawn seed the episodes of every task. With a handful of seeds its percentiles are
 too narrow (Hesterberg 2015, Am. Stat. 69:371), so the interval is Student's, with one degree of
-freedom less than there are seeds, and the error is scaled by sqrt(S / (S - 1)). Episodes count as nested in
-their seed, which makes the interval wider, never narrower, than if they were crossed with it.
+freedom less than there are seeds, and the error is scaled by sqrt(S / (S - 1)). The spread between seeds
+already holds the noise of their episodes, and the second stage adds it again: with few episodes the interval
+is wider than it need be, never narrower (`planning.power` counts with that).
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class PairedDifference:
     episodes: int
 
     def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{100 * self.value:+.1f} (every episode of every seed alike)"
         return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 

@@ -13,6 +13,10 @@ from spatial_forcing.errors import ConfigError, DataError
 
 MOST_SEEDS = 1000
 """More seeds than this are reported as out of reach."""
+DRAWS = 2000
+"""Equally likely values of the variance between seeds that a power is averaged over."""
+INTERVAL_SEEDS = 5
+"""Fewer seeds have no 95 % interval of a median: with four even their range holds it 7 times of 8 only."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,11 @@ class Plan:
 def power(
     effect: float, seeds: int, episodes: int, *, seed_sd: float, episode_sd: float, alpha: float
 ) -> float:
-    """Probability that a paired t-test over seeds finds a true difference of `effect`.
+    """Probability that `paired.paired_difference` finds a true difference of `effect`.
+
+    That test is Student's over seeds, made careful: its bootstrap adds the noise of the episodes to a spread
+    between seeds that holds some of it already. With few episodes it therefore needs more seeds than a plain
+    paired t-test.
 
     Args:
         effect: true difference of success rates.
@@ -38,15 +46,17 @@ def power(
     """
     if seeds < 2:
         return 0.0
-    error = sqrt((seed_sd**2 + episode_sd**2 / episodes) / seeds)
-    if error == 0:
+    noise = episode_sd**2 / episodes
+    variance = seed_sd**2 + noise  # of one seed's observed difference
+    if variance == 0:
         return 1.0 if effect else alpha
-    critical = float(stats.t.ppf(1 - alpha / 2, seeds - 1))
-    shifted = effect / error
-    above = float(stats.nct.sf(critical, seeds - 1, shifted))
-    below = float(stats.nct.cdf(-critical, seeds - 1, shifted))
-    # scipy's non-central t gives NaN far out, where the power is 1 to many digits.
-    return 1.0 if np.isnan(above) else min(1.0, above + (0.0 if np.isnan(below) else below))
+    # What the variance between the seeds may turn out to be, and the reach of the interval that it gives.
+    likely = stats.chi2.ppf((np.arange(DRAWS) + 0.5) / DRAWS, seeds - 1) / (seeds - 1)
+    error = np.sqrt(variance * likely / seeds + noise / (seeds - 1))
+    reach = stats.t.ppf(1 - alpha / 2, seeds - 1) * error
+    true = sqrt(variance / seeds)
+    found = stats.norm.sf((reach - effect) / true) + stats.norm.cdf((-reach - effect) / true)
+    return float(found.mean())
 
 
 def seeds_needed(
@@ -61,9 +71,12 @@ def seeds_needed(
     """The fewest seeds with which `effect` is found with `power_wanted`; None beyond `MOST_SEEDS`.
 
     Raises:
-        ConfigError: an effect of 0, or a probability outside (0, 1).
+        ConfigError: an effect that is 0 or beyond 1, a negative spread, no episode, or a probability outside
+            (0, 1).
     """
     _check(effect, episodes, power_wanted, alpha)
+    if min(seed_sd, episode_sd) < 0:
+        raise ConfigError(f"seed_sd is {seed_sd} and episode_sd {episode_sd}; expected 0 or more.")
 
     def reached(seeds: int) -> float:
         return power(abs(effect), seeds, episodes, seed_sd=seed_sd, episode_sd=episode_sd, alpha=alpha)
@@ -98,14 +111,21 @@ def sample_sizes(
 
 
 def independent_episode_sd(rate: float) -> float:
-    """`episode_sd` where nothing is known but a success rate: the arms' outcomes count as independent."""
+    """`episode_sd` where nothing is known but a success rate: the arms' outcomes count as independent.
+
+    Raises:
+        ConfigError: a rate outside [0, 1].
+    """
+    if not 0 <= rate <= 1:
+        raise ConfigError(f"rate is {rate}; expected a success rate in [0, 1], e.g. 0.5 for 50 %.")
     return sqrt(2 * rate * (1 - rate))
 
 
 def _check(effect: float, episodes: int, power_wanted: float, alpha: float) -> None:
-    if effect == 0 or episodes < 1:
+    if not 0 < abs(effect) <= 1 or episodes < 1:
         raise ConfigError(
-            f"effect is {effect} and episodes {episodes}; expected an effect other than 0, and 1 or more."
+            f"effect is {effect} and episodes {episodes}; expected a difference of success rates other than "
+            "0 (0.05 for five points), and 1 or more episodes."
         )
     if not (0 < alpha < power_wanted < 1):
         raise ConfigError(f"power is {power_wanted} and alpha {alpha}; expected 0 < alpha < power < 1.")
@@ -116,16 +136,19 @@ class StepsToThreshold:
     """Training steps until success first reaches a threshold, over training seeds.
 
     Seeds that never reach it within the evaluated steps are censored: they count as later than the last step.
+    Those that have it at the first evaluated step reached it then or before.
 
     Attributes:
         threshold: success rate.
-        last_step: last evaluated step, where observation ends.
+        first_step, last_step: evaluated steps between which is observed.
         per_seed: steps by seed, None where censored.
         median: None where half of the seeds or more never reach it.
-        low, high: percentile-bootstrap interval of the median over seeds; None: later than `last_step`.
+        low, high: percentile-bootstrap interval of the median over seeds; None: later than `last_step`. Not
+            shown with fewer than `INTERVAL_SEEDS`.
     """
 
     threshold: float
+    first_step: int
     last_step: int
     per_seed: Mapping[int, float | None]
     median: float | None
@@ -139,16 +162,18 @@ class StepsToThreshold:
 
     def __str__(self) -> str:
         def text(value: float | None) -> str:
-            return f"> {self.last_step}" if value is None else f"{value:.0f}"
+            if value is None:
+                return f"> {self.last_step}"
+            return f"{'<= ' if value <= self.first_step else ''}{value:.0f}"
 
-        return (
-            f"{text(self.median)} [{text(self.low)}, {text(self.high)}] "
-            f"({self.reached} of {len(self.per_seed)} seeds)"
-        )
+        known = len(self.per_seed) >= INTERVAL_SEEDS
+        interval = f" [{text(self.low)}, {text(self.high)}]" if known else ""
+        return f"{text(self.median)}{interval} ({self.reached} of {len(self.per_seed)} seeds)"
 
 
 def first_reach(curve: Mapping[int, float], threshold: float) -> float | None:
     """The step at which a curve (success by step) first reaches `threshold`, between checkpoints linearly."""
+    threshold -= 1e-9  # a mean of rates is not exact, and a rate that equals it has reached it
     before: tuple[int, float] | None = None
     for step, value in sorted(curve.items()):
         if value >= threshold:
@@ -187,8 +212,9 @@ def steps_to_threshold(
     def limit(value: float) -> float | None:
         return None if value == inf else float(value)
 
+    first = max(min(curve) for curve in curves.values())
     return StepsToThreshold(
-        threshold, last, found, limit(float(_median(steps[None])[0])), limit(low), limit(high)
+        threshold, first, last, found, limit(float(_median(steps[None])[0])), limit(low), limit(high)
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spatial_forcing.analysis.comparison import RunRecord, analyse
+from spatial_forcing.analysis.comparison import RunRecord, analyse, interval_text
 from spatial_forcing.analysis.report import render
 from spatial_forcing.analysis.report_data import ReportData
 from spatial_forcing.analysis.sections import comparison_section
@@ -97,6 +97,36 @@ def test_less_data_against_the_controls_most_is_a_family_of_its_own():
     table = next(t for t in comparison_section(found).tables if t.name == "less-data")
     assert [cell.text for cell in table.rows[1]][:2] == ["sf, 5 % of data", "alpha0 on all demonstrations"]
     assert not analyse(runs({"alpha0": 0.1, "sf": 0.9}), controls=["alpha0"]).less_data
+
+    # The CSV holds both families.
+    lines = list(csv.DictReader(io.StringIO(found.csv())))
+    compared = [(line["arm"], line["fraction"], line["control"], line["control_fraction"]) for line in lines]
+    assert compared == [
+        ("alpha0", "0.05", "alpha0", "1.0"),
+        ("sf", "0.05", "alpha0", "0.05"),
+        ("sf", "0.05", "alpha0", "1.0"),
+        ("alpha0", "1.0", "", ""),
+        ("sf", "1.0", "alpha0", "1.0"),
+    ]
+    assert "sf minus alpha0 (standard" in found.planned_for  # on all data, though that comes last
+
+
+def test_every_control_is_in_the_csv_and_the_plan_is_for_all_differences():
+    found = analyse(runs({"alpha0": 0.3, "sf": 0.8, "shuffled": 0.4}), controls=["alpha0", "shuffled"])
+    lines = list(csv.DictReader(io.StringIO(found.csv())))
+    assert [(line["arm"], line["control"]) for line in lines] == [
+        ("alpha0", ""), ("sf", "alpha0"), ("sf", "shuffled"), ("shuffled", "alpha0")
+    ]  # fmt: skip
+    assert found.planned_for.endswith("at level 0.05 / 3 differences")
+    alone = analyse(runs({"alpha0": 0.3, "sf": 0.8}), controls=["alpha0"])
+    assert alone.planned_for.endswith("at level 0.05")
+    assert found.plans[0].seeds > alone.plans[0].seeds
+
+
+def test_seeds_that_all_agree_are_given_no_width():
+    found = analyse(runs({"alpha0": 0.0, "sf": 0.0}), controls=["alpha0"])
+    assert interval_text(found.rows[0].success) == "0.0 (every seed alike)"
+    assert "+0.0 (every episode of every seed alike)" in found.contrasts[0].sentence()
 
 
 def test_one_seed_and_missing_runs_are_said():

@@ -37,7 +37,7 @@ def test_every_arm_meets_every_control_once_and_p_values_are_corrected_over_all(
         ("one seed", 1.0): {0: 5.0},
     }
     pairs = on_the_same_data(groups, ["alpha0", "shuffled"])
-    found = corrected_contrasts(ErrorContrast, groups, pairs, gap, better=-1)
+    found = corrected_contrasts(ErrorContrast, groups, pairs, gap)
     assert [(c.arm, c.control, c.fraction, c.control_fraction, c.difference.value) for c in found] == [
         ("shuffled", "alpha0", 1.0, 1.0, 2.0),
         ("sf", "alpha0", 1.0, 1.0, 6.0),
@@ -66,17 +66,20 @@ def test_less_data_is_compared_with_the_controls_most_and_says_so() -> None:
 
 
 def test_a_blind_arm_that_is_not_worse_is_said_to_leave_the_comparison_blind() -> None:
-    def contrast(arm: str, verdict: str, part: float = 1.0) -> ErrorContrast:
-        return ErrorContrast(arm, "alpha0", part, part, difference(0.03), 0.2, verdict)
+    def contrast(arm: str, p_value: float, verdict: str = "not shown", part: float = 1.0) -> ErrorContrast:
+        value = 0.03 if verdict != "better" else -0.03
+        return ErrorContrast(arm, "alpha0", part, part, difference(value, p_value), 0.2, verdict)
 
-    assert worth_of_sight([contrast("sf", "better")], "the error") == []
-    (said,) = worth_of_sight([contrast("sf", "better"), contrast("blind", "not shown")], "the error")
+    assert worth_of_sight([contrast("sf", 0.01)], "the error") == []
+    (said,) = worth_of_sight([contrast("sf", 0.01), contrast("blind", 0.06)], "the error")
     assert "change the error by +3.0 % [+1.0, +5.0] against alpha0" in said
     assert "can hardly tell what an arm sees" in said
+    # It is judged by itself: other arms do not make it less sure.
     worse, partly = worth_of_sight(
-        [contrast("blind", "worse"), contrast("blind", "better", 0.2)], "the error"
+        [contrast("blind", 0.01), contrast("blind", 0.01, "better", 0.2)], "the error"
     )
     assert "the scale on which differences" in worse
+    assert "can hardly tell what an arm sees" in partly
     assert "on 20 % of the demonstrations: blanked" in partly
     assert "can hardly tell" in partly
 

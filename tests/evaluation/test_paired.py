@@ -228,17 +228,23 @@ def test_power_and_seeds_are_those_of_the_paired_t_test():
     assert found is not None
     assert found.seeds == 34
     assert found.power == pytest.approx(0.8078, abs=2e-4)  # G*Power 3.1
-    assert power(0.0, 12, 10, seed_sd=1.0, episode_sd=0.3, alpha=0.05) == pytest.approx(0.05)
+    assert power(0.0, 12, 10**9, seed_sd=1.0, episode_sd=0.3, alpha=0.05) == pytest.approx(0.05, abs=1e-4)
+    assert power(0.0, 12, 10, seed_sd=0.1, episode_sd=0.7, alpha=0.05) < 0.02  # careful with few episodes
 
 
-def test_power_is_what_simulated_comparisons_reach():
-    rng = np.random.default_rng(3)
-    seeds, episodes = 6, 40
-    wins = rng.normal(0.15, 0.1, (4000, seeds)) + rng.normal(0, 0.6 / np.sqrt(episodes), (4000, seeds))
-    simulated = np.mean(stats.ttest_1samp(wins, 0.0, axis=1).pvalue < 0.05)
-    assert power(0.15, seeds, episodes, seed_sd=0.1, episode_sd=0.6, alpha=0.05) == pytest.approx(
-        simulated, abs=0.03
-    )
+@pytest.mark.parametrize("seed_sd", [0.0, 0.1])
+def test_power_is_what_compare_itself_reaches(seed_sd):
+    rng = np.random.default_rng(5)
+    seeds, gain, repeats = 8, 0.15, 400
+    shown = []
+    for _ in range(repeats):
+        base = rng.uniform(0.4, 0.5, seeds)
+        treated = arm(rng, np.clip(base + rng.normal(gain, seed_sd, seeds), 0, 1), 20)
+        shown.append(paired_difference(treated, arm(rng, base, 20), bootstraps=200).p_value < 0.05)
+    episode_sd = np.sqrt(0.45 * 0.55 + 0.6 * 0.4)
+    planned = power(gain, seeds, 40, seed_sd=seed_sd, episode_sd=episode_sd, alpha=0.05)
+    assert planned == pytest.approx(np.mean(shown), abs=0.06)
+    assert 0.2 < planned < 0.8  # else it would say little
 
 
 def test_more_episodes_never_need_more_seeds_and_hopeless_effects_are_named():
@@ -247,8 +253,14 @@ def test_more_episodes_never_need_more_seeds_and_hopeless_effects_are_named():
     assert len(seeds) == 3
     assert seeds == sorted(seeds, reverse=True)
     assert seeds_needed(0.0001, 20, seed_sd=0.3, episode_sd=0.5) is None
-    with pytest.raises(ConfigError, match="other than 0"):
+    with pytest.raises(ConfigError, match="effect is 0 "):
         seeds_needed(0, 20, seed_sd=0.1, episode_sd=0.5)
+    with pytest.raises(ConfigError, match=r"0\.05 for five points"):
+        seeds_needed(50, 20, seed_sd=0.1, episode_sd=0.5)
+    with pytest.raises(ConfigError, match=r"seed_sd is -0\.1"):
+        seeds_needed(0.1, 20, seed_sd=-0.1, episode_sd=0.5)
+    with pytest.raises(ConfigError, match=r"rate is 1\.5"):
+        independent_episode_sd(1.5)
     with pytest.raises(ConfigError, match="alpha < power"):
         seeds_needed(0.1, 20, seed_sd=0.1, episode_sd=0.5, power_wanted=1.5)
 
@@ -258,6 +270,7 @@ def test_first_reach_interpolates_between_checkpoints():
     assert first_reach(curve, 0.4) == pytest.approx(150)
     assert first_reach(curve, 0.1) == 100
     assert first_reach(curve, 0.7) is None
+    assert first_reach({100: 0.1 + 0.2 - 1e-16}, 0.3 + 4e-16) == 100  # sums of the same rates
 
 
 def test_steps_to_threshold_counts_seeds_that_never_reach_it_as_later():
@@ -266,7 +279,9 @@ def test_steps_to_threshold_counts_seeds_that_never_reach_it_as_later():
     assert found.per_seed == {0: pytest.approx(200), 1: 100, 2: None}
     assert (found.median, found.reached, found.high) == (pytest.approx(200), 2, None)
     assert found.low == 100
-    assert str(found) == "200 [100, > 200] (2 of 3 seeds)"
+    assert str(found) == "200 (2 of 3 seeds)"  # three seeds have no interval of a median
+    many = steps_to_threshold(curves | {3: curves[0], 4: curves[1]}, 0.5)
+    assert str(many) == "200 [<= 100, > 200] (4 of 5 seeds)"
     never = steps_to_threshold({0: {100: 0.1}, 1: {100: 0.2}}, 0.5)
     assert (never.median, never.low, never.high) == (None, None, None)
     half = steps_to_threshold({0: {100: 0.9}, 1: {100: 0.2}}, 0.5)
