@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from spatial_forcing.analysis.audits import AuditRow, audit_table
 from spatial_forcing.analysis.contrasts import (
     ArmContrast,
     Groups,
@@ -109,7 +110,8 @@ class Contrast(ArmContrast[PairedDifference]):
 class Comparison:
     """All of it. `plans` say how many seeds it takes to show `EFFECT` at 80 % power.
 
-    `less_data` are arms on less data against the first control on the most, corrected among themselves.
+    `less_data` are arms on less data against the first control on the most, corrected among themselves;
+    `audits` are what the runs logged of their gradients.
     Without a simulator there are no rows, and `held_out` is what there is.
     """
 
@@ -124,6 +126,7 @@ class Comparison:
     remarks: tuple[str, ...] = ()
     held_out: HeldOut | None = None
     less_data: tuple[Contrast, ...] = ()
+    audits: tuple[AuditRow, ...] = ()
 
     def sentences(self) -> list[str]:
         """The result in words, limits included."""
@@ -162,14 +165,15 @@ class Comparison:
         return text.getvalue()
 
     def tables(self) -> list[Table]:
-        """What `rich.print` shows: success, then held-out errors, as far as they were measured."""
+        """What `rich.print` shows: success, held-out errors, audits, as far as they were measured."""
         subject = "Paired differences of success, in points"
         success = [
             self.table(),
             *contrast_table(self.contrasts, subject),
             *contrast_table(self.less_data, subject),
         ]
-        return [*(success if self.rows else []), *(self.held_out.tables() if self.held_out else [])]
+        errors = self.held_out.tables() if self.held_out else []
+        return [*(success if self.rows else []), *errors, *audit_table(self.audits)]
 
     def table(self) -> Table:
         """Arms with success and cost."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 
 from spatial_forcing.analysis.charts import Series, line_chart
 from spatial_forcing.analysis.layers import LayerSuggestion
 from spatial_forcing.analysis.probe import ProbeMetrics, ProbeResult
 from spatial_forcing.analysis.report_data import ProbeReport, ReportData
 from spatial_forcing.analysis.sections import Figure, Section
+from spatial_forcing.errors import DataError
 
 CURVES = (("abs_rel", "AbsRel", False), ("rmse", "RMSE, m", False), ("delta", "delta < 1.25", True))
 
@@ -70,6 +73,29 @@ def probe_page(
         probe=ProbeReport.of(result),
         commands=tuple(commands),
     )
+
+
+def read_probe(folder: Path) -> tuple[ProbeReport, Section] | None:
+    """What `spatial-forcing probe --output folder` left, without its panels; None where it left nothing.
+
+    Raises:
+        DataError: probe.json is not what the probe writes.
+    """
+    path = folder / "probe.json"
+    if not path.exists():
+        return None
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        metrics = tuple(ProbeMetrics(**row) for row in plain.pop("metrics"))
+        suggestions = {
+            name: LayerSuggestion(**row | {"gaps": {int(k): gap for k, gap in row["gaps"].items()}})
+            for name, row in plain.pop("suggestions").items()
+        }
+        return ProbeReport.of(ProbeResult(metrics, (), **plain)), layer_section(metrics, suggestions)
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no result of the probe ({error}); probe again into that folder."
+        ) from error
 
 
 def metrics_csv(metrics: Sequence[ProbeMetrics]) -> str:

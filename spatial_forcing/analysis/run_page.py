@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from spatial_forcing.analysis.representation import (
     tsne,
 )
 from spatial_forcing.analysis.sections import Cell, Figure, Section, TableData
+from spatial_forcing.errors import DataError
 from spatial_forcing.forcing.projector import Projector
 from spatial_forcing.protocols import Student, Teacher
 
@@ -92,6 +95,34 @@ def represent(
         teacher_layers=tuple(others),
     )
     return found, shown
+
+
+def read_representation(folder: Path) -> Representation | None:
+    """What `spatial-forcing analyse` left of a run; None where it left nothing.
+
+    Raises:
+        DataError: analysis.json is not what it writes.
+    """
+    path = folder / "analysis.json"
+    if not path.exists():
+        return None
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        ranks = tuple(RankReport(**row) for row in plain.pop("ranks"))
+        return Representation(ranks=ranks, **plain)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is no analysis of a run ({error}); analyse it again.") from error
+
+
+def numbers_section(found: Representation, run: str) -> Section:
+    """Ranks and CKA of one of several runs on a page, without maps and pictures."""
+    return Section(
+        key=f"tokens-{run}",
+        title=f"Tokens of {run}",
+        text=(found.verdict,),
+        figures=(_cka_figure(found),),
+        tables=(_rank_table(found), _cka_table(found)),
+    )
 
 
 def audit_section(rows: Sequence[Mapping[str, float]]) -> Section | None:

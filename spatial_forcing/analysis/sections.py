@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from spatial_forcing.analysis.audits import AuditRow, whole
 from spatial_forcing.analysis.charts import Interval, Series, interval_chart, line_chart
 from spatial_forcing.analysis.comparison import ArmRow, Comparison, Contrast
 from spatial_forcing.analysis.held_out import ErrorContrast, ErrorRow, HeldOut
@@ -90,7 +91,42 @@ def comparison_section(found: Comparison) -> Section:
     )
 
 
-def _labels(rows: Sequence[ArmRow | ErrorRow]) -> dict[tuple[str, float], str]:
+def gradient_sections(rows: Sequence[AuditRow]) -> tuple[Section, ...]:
+    """The gradient audits of all arms; empty without any."""
+    if not rows:
+        return ()
+    label = _labels(rows)
+    kinds = {
+        "Cosine between the two gradients": ("cosine", [row.cosines for row in whole(rows)]),
+        "Norm: alignment over action": ("ratio", [row.ratios for row in whole(rows)]),
+    }
+    figures = []
+    for title, (y_label, curves) in kinds.items():
+        series = [
+            Series(label[row.arm, row.fraction], number, list(curve), list(curve.values()))
+            for number, (row, curve) in enumerate(zip(whole(rows), curves, strict=True))
+        ]
+        svg = line_chart(series, title=title, x_label="training step", y_label=y_label)
+        figures.append(Figure(title, svg, "mean over seeds", tuple((s.arm, s.label) for s in series)))
+    table = TableData(
+        "audit",
+        "By place of the student, means over training and seeds",
+        ("arm", "place", "seeds", "cosine", "norm ratio"),
+        tuple(
+            (Cell(label[r.arm, r.fraction]), Cell(r.place), Cell(str(r.seeds)),
+             Cell.number(r.cosine, "{:+.3f}"), Cell.number(r.ratio, "{:.2f}"))
+            for r in rows
+        ),
+    )  # fmt: skip
+    text = (
+        "Gradients of the alignment and the action loss over the weights that both reach; alpha is not "
+        "included. A cosine near 0: the losses neither help nor hinder each other directly. A ratio far from "
+        "that of another arm: the two differ in how hard the alignment pulls, too.",
+    )
+    return (Section("gradients", "Gradient audit", text, tuple(figures), (table,)),)
+
+
+def _labels(rows: Sequence[ArmRow | ErrorRow | AuditRow]) -> dict[tuple[str, float], str]:
     several = len({row.fraction for row in rows}) > 1
     return {
         (row.arm, row.fraction): f"{row.arm}, {100 * row.fraction:g} % of data" if several else row.arm

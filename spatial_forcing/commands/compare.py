@@ -49,7 +49,7 @@ def compare(prog: str, arguments: Sequence[str]) -> None:
     console = Console()
     found = run_comparison(config, console)
     page = write_page(config, found)
-    console.print(f"page: [bold]{page}[/], with comparison.json and comparison.csv beside it")
+    console.print(f"page: [bold]{page}[/]")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class CheckpointOptions:
 
     Attributes:
         results: episode files (JSONL) of the two policies; one file may hold both.
-        first, second: tags (`name=value`) that select the episodes of each.
+        first: tags (`name=value`) that select the episodes of the one policy.
+        second: tags of the other's.
     """
 
     results: tuple[Path, ...]
@@ -101,10 +102,11 @@ class SampleSizeOptions:
     Attributes:
         effect: difference of success rates, e.g. 0.05 for five points.
         rate: success rate of the arms; gives the spread of an episode's difference where nothing is known.
-        seed_sd: standard deviation of the difference over training seeds (`compare` reports it).
-        episode_sd: of one episode's paired difference (`compare` reports it); none: from `rate`.
+        seed_sd: standard deviation of the difference over training seeds (`compare` says it).
+        episode_sd: of one episode's paired difference (`compare` says it); none: from `rate`.
         episodes: evaluation episodes of a seed, over all tasks; several give a table.
-        power, alpha: wanted power, and two-sided level; divide alpha by the number of arms.
+        power: wanted probability that a true difference of this size is shown.
+        alpha: two-sided level; divide 0.05 by the number of differences that are compared.
     """
 
     effect: float = 0.05
@@ -127,7 +129,11 @@ def sample_size(options: tyro.conf.OmitArgPrefixes[SampleSizeOptions]) -> None:
         power_wanted=options.power,
         alpha=options.alpha,
     )
-    table = Table(title=f"To see {100 * options.effect:g} points at {100 * options.power:g} % power")
+    table = Table(
+        title=f"To see {100 * options.effect:g} points at {100 * options.power:g} % power",
+        caption=f"Differences spread by {options.seed_sd:g} over training seeds and {episode_sd:.2g} over a "
+        f"seed's episodes; level {options.alpha:g}.",
+    )
     for column in ("episodes a seed", "training seeds", "power"):
         table.add_column(column, justify="right")
     for episodes, plan in zip(options.episodes, plans, strict=True):

@@ -17,6 +17,9 @@ from spatial_forcing.teachers.controls import SHUFFLED
 from spatial_forcing.training import QUICKSTART_TASKS, TrainConfig, preset
 from spatial_forcing.training.fields import from_plain, to_plain
 
+RUNS = "runs"
+"""Folder of the training runs in that of the comparison."""
+
 
 @dataclass(frozen=True)
 class CompareConfig:
@@ -160,7 +163,7 @@ def train_config(
     Raises:
         ConfigError: an unknown preset or setting, or a value that it cannot take.
     """
-    base = preset(config.preset, dataset=config.dataset, output=config.output / "runs" / cell.name)
+    base = preset(config.preset, dataset=config.dataset, output=config.output / RUNS / cell.name)
     shared = parse_overrides(config.set, "compare.set")
     steps = int(cell.arm.overrides.get("steps", config.steps or shared.get("steps", base.steps)))
     overrides: dict[str, Any] = {

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from spatial_forcing.analysis.audits import AuditRecord, AuditRow, audit_csv, audit_rows
 from spatial_forcing.analysis.comparison import Comparison, RunRecord, analyse, without_rollouts
 from spatial_forcing.analysis.features import Frames
 from spatial_forcing.analysis.held_out import ErrorRecord, analyse_errors
@@ -38,15 +39,15 @@ from spatial_forcing.students import FusionVLA, NanoConfig, load_student
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache_build import build_cache
 from spatial_forcing.teachers.cache_source import dataset_source
-from spatial_forcing.training import TrainConfig
+from spatial_forcing.training import TrainConfig, read_metrics
 from spatial_forcing.training.arms import train_arms
 from spatial_forcing.training.checkpoint import checkpoint_name
 from spatial_forcing.training.fields import differences
 from spatial_forcing.training.parts import hold_out
 from spatial_forcing.training.run import CHECKPOINTS, open_run, read_result
 
-CONFIG, EPISODES, RESULT, TABLE = "compare.json", "episodes.jsonl", "comparison.json", "comparison.csv"
-HELD_OUT_TABLE = "held-out.csv"
+CONFIG, EPISODES, RESULT = "compare.json", "episodes.jsonl", "comparison.json"
+SUCCESS_TABLE, ERROR_TABLE, AUDIT_TABLE = "comparison.csv", "held-out.csv", "audit.csv"
 ACT_TIME, ERRORS = "act_ms.json", "held_out_errors.json"
 ACT_CALLS = 12
 GROWING = frozenset({"arms", "seeds", "fractions", "controls", "parallel", "output", "threshold"})
@@ -106,12 +107,13 @@ def compare(config: CompareConfig, console: Console | None = None, make: MakeEnv
             if waiting := {r.cell.name: r.train for r in batch if not finished(r.train)}:
                 train_arms(waiting, parallel=config.parallel, console=console)
             examine(config, batch, pool)
-    found = read_comparison(config, runs)
-    write(found, config.output)
+    found = replace(read_comparison(config, runs), audits=_audits(runs))
+    written = write(found, config.output)
     for table in found.tables():
         console.print(table)
     for sentence in found.sentences():
         console.print(f"- {sentence}", highlight=False)
+    console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     return found
 
 
@@ -337,13 +339,31 @@ def _call_milliseconds(run: Run) -> float | None:
     return float(json.loads(timed.read_text())["act_ms"]) if timed.exists() else None
 
 
-def write(found: Comparison, folder: Path) -> None:
-    """Write comparison.json, and comparison.csv and held-out.csv as far as they were measured."""
+def _audits(runs: Sequence[Run]) -> tuple[AuditRow, ...]:
+    """What finished runs logged of their gradients."""
+    return audit_rows(
+        [
+            AuditRecord(run.cell.arm.name, run.cell.fraction, read_metrics(run.train.output))
+            for run in runs
+            if read_result(run.train.output) is not None
+        ]
+    )
+
+
+def write(found: Comparison, folder: Path) -> list[Path]:
+    """Write comparison.json, and a CSV of success, held-out errors and audits as far as there are any."""
+    written = [folder / RESULT]
     write_json(folder / RESULT, found.to_json())
-    if found.rows:
-        _write_text(folder / TABLE, found.csv())
-    if found.held_out is not None:
-        _write_text(folder / HELD_OUT_TABLE, found.held_out.csv())
+    tables = {
+        SUCCESS_TABLE: found.csv() if found.rows else "",
+        ERROR_TABLE: found.held_out.csv() if found.held_out is not None else "",
+        AUDIT_TABLE: audit_csv(found.audits) if found.audits else "",
+    }
+    for name, text in tables.items():
+        if text:
+            written.append(folder / name)
+            _write_text(written[-1], text)
+    return written
 
 
 def _write_text(path: Path, text: str) -> None:

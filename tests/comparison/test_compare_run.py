@@ -8,12 +8,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from spatial_forcing.analysis.run_page import read_representation
+from spatial_forcing.commands.analyse import AnalyseOptions, analyse
+from spatial_forcing.commands.probe import ProbeOptions, probe
 from spatial_forcing.comparison import CompareConfig, compare
 from spatial_forcing.comparison import run as module
 from spatial_forcing.comparison.config import cells
 from spatial_forcing.comparison.report import write_page
 from spatial_forcing.data import Dataset
-from spatial_forcing.errors import ConfigError
+from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.students import FusionVLA, NanoVLA, load_student
 from spatial_forcing.training import train
 from spatial_forcing.training.metrics import read_metrics
@@ -171,6 +174,34 @@ def test_without_a_simulator_arms_are_compared_on_held_out_demonstrations(
             settings(moving_rooms, config.output, arms=("alpha0", "sf"), tasks=(), held_out=0.5, steps=4),
             QUIET,
         )
+
+
+def test_the_page_shows_what_else_was_found_out_about_the_runs(moving_rooms, tmp_path, trained):
+    config = settings(
+        moving_rooms, tmp_path / "out", arms=("alpha0", "sf"), tasks=(), held_out=0.25, checkpoints=1,
+        set=(*SMALL, "audit_every=1"),
+    )  # fmt: skip
+    found = compare(config, QUIET, no_environment)
+    assert {row.arm for row in found.audits} == {"sf"}
+    assert (config.output / "audit.csv").read_text().startswith("arm,fraction,place,seeds,cosine,ratio\nsf,")
+    page = write_page(config, found).read_text()
+    assert 'id="gradients"' in page
+    assert 'id="layers"' not in page
+
+    run = config.output / "runs" / "sf-seed0"
+    analyse(AnalyseOptions(run, frames=4, maps=False))
+    policies = (run / "policy", config.output / "runs" / "alpha0-seed0" / "policy")
+    probe(ProbeOptions(policies, moving_rooms, layers=(1,), teacher="none", output=config.output / "probe"))
+    page = write_page(config, found).read_text()
+    for part in ('id="layers"', 'id="probe"', "Tokens of sf-seed0", f"{policies[1]}: align layer 1"):
+        assert part in page
+    assert 'data-csv="tokens-sf-seed0-ranks"' in page
+    (config.output / "probe" / "probe.json").write_text('{"metrics": [{"name": "x"}], "suggestions": {}}')
+    with pytest.raises(DataError, match=r"probe\.json is no result of the probe"):
+        write_page(config, found)
+    (run / "analysis.json").write_text('{"verdict": "fine"}')
+    with pytest.raises(DataError, match=r"analysis\.json is no analysis of a run"):
+        read_representation(run)
 
 
 def test_a_comparison_without_rollouts_may_get_them_later(moving_rooms, tmp_path, trained, evaluated):
