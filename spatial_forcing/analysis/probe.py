@@ -202,7 +202,8 @@ class _CameraProbe:
         self.mean = torch.where(
             count > 0, (self.log[split.train] * weight).sum(0) / count.clamp(min=1), overall
         )
-        # Unmeasured pixels take the mean: they pull no probe and are not counted in any metric.
+        # Unmeasured pixels take the mean: a linear readout learns to add nothing there, a DPT one leaves them
+        # out, and no metric counts them.
         self.residual = torch.where(self.measured, self.log - self.mean, 0.0)
         self.changing = self.residual[split.train].std(0) > MOVING
 

@@ -147,15 +147,22 @@ class ProbeReport:
         far = max(far, near * 1.05)
         return cls(
             description=(
-                f"A linear readout from frozen tokens to log depth, fitted on {result.train_frames} frames "
-                f"and measured on {result.test_frames} frames of {result.test_episodes} held-out episodes; "
-                f"depth clipped at {result.clip:g} m."
+                f"{_readouts(result)} from frozen tokens to log depth, fitted on {result.train_frames} "
+                f"frames and measured on {result.test_frames} frames of {result.test_episodes} held-out "
+                f"episodes; depth clipped at {result.clip:g} m."
             ),
             metrics=result.metrics,
             rows=tuple(_panel_row(p, near, far, names) for p in result.panels),
             near=near,
             far=far,
         )
+
+
+def _readouts(result: ProbeResult) -> str:
+    heads = {m.head for m in result.metrics}
+    if heads == {"linear", "dpt"}:
+        return "A linear and a DPT readout"
+    return "A DPT readout" if heads == {"dpt"} else "A linear readout"
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,15 @@ def probe(options: tyro.conf.OmitArgPrefixes[ProbeOptions]) -> None:
         )
     console = Console()
     console.print(_table(result.metrics))
-    suggestions = {name: suggest_layer(result.metrics, name, len(s.blocks)) for name, s in students.items()}
-    for name, suggestion in suggestions.items():
-        console.print(
-            f"{name}: align layer [bold]{suggestion.layer}[/]: {suggestion.reason}", highlight=False
-        )
+    suggestions = {}
+    for name, student in students.items():
+        suggestion = suggest_layer(result.metrics, name, len(student.blocks))
+        if suggestion is None:
+            text = f"no layer to align is suggested; probe some of 1..{len(student.blocks) - 1}."
+        else:
+            suggestions[name] = suggestion
+            text = f"align layer [bold]{suggestion.layer}[/]: {suggestion.reason}"
+        console.print(f"{name}: {text}", highlight=False)
     if options.output is not None:
         plain = result.to_json() | {"suggestions": {name: asdict(s) for name, s in suggestions.items()}}
         write_json(options.output / "probe.json", plain)

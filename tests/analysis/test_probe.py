@@ -226,8 +226,8 @@ def test_depth_of_a_teacher_can_be_what_is_looked_for(rooms):
     assert find(found, "s", 0).abs_rel < 0.5 * find(found, MEAN_IMAGE).abs_rel
 
 
-def metric(layer, abs_rel, kind="student", name="s", error=0.01):
-    return ProbeMetrics(name, kind, layer, "all", abs_rel, error, 0.1, 0.5, None)
+def metric(layer, abs_rel, kind="student", name="s", error=0.01, head="linear"):
+    return ProbeMetrics(name, kind, layer, "all", abs_rel, error, 0.1, 0.5, None, head)
 
 
 def test_the_layer_with_the_least_depth_is_suggested_and_ties_follow_the_published_rule():
@@ -241,8 +241,22 @@ def test_the_layer_with_the_least_depth_is_suggested_and_ties_follow_the_publish
     found = suggest_layer(flat, "s", 8)
     assert (found.layer, found.clear) == (6, False)
     assert "three quarters" in found.reason
-    with pytest.raises(DataError, match="not probed"):
-        suggest_layer([metric(0, 0.2)], "s", 4)
+    # Layer 0 holds less still, but has nothing below it.
+    assert (
+        "every other layer between two blocks is more than one standard error"
+        in suggest_layer(clear, "s", 4).reason
+    )
+
+
+def test_a_probe_of_other_layers_or_heads_is_kept_without_a_suggestion_that_it_cannot_make():
+    assert suggest_layer([metric(0, 0.2)], "s", 4) is None
+    only = suggest_layer([metric(0, 0.2), metric(2, 0.3)], "s", 4)
+    assert only.layer == 2
+    assert "only probed layer" in only.reason
+    dense = [metric(k, 0.2 + 0.1 * (k == 1), head="dpt") for k in range(4)]
+    assert suggest_layer(dense, "s", 4).layer == 1
+    both = [*dense, *(metric(k, 0.2 + 0.1 * (k == 2)) for k in range(4))]
+    assert suggest_layer(both, "s", 4).layer == 2  # the linear readout decides
 
 
 def test_a_randomised_student_keeps_its_scale_and_loses_what_it_knows():

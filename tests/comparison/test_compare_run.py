@@ -196,6 +196,11 @@ def test_the_page_shows_what_else_was_found_out_about_the_runs(moving_rooms, tmp
     for part in ('id="layers"', 'id="probe"', "Tokens of sf-seed0", f"{policies[1]}: align layer 1"):
         assert part in page
     assert 'data-csv="tokens-sf-seed0-ranks"' in page
+
+    # Layers that cannot be aligned lead to no suggestion, and are written all the same.
+    probe(ProbeOptions(policies[:1], moving_rooms, layers=(0,), teacher="none", output=tmp_path / "zero"))
+    assert json.loads((tmp_path / "zero" / "probe.json").read_text())["suggestions"] == {}
+
     (config.output / "probe" / "probe.json").write_text('{"metrics": [{"name": "x"}], "suggestions": {}}')
     with pytest.raises(DataError, match=r"probe\.json is no result of the probe"):
         write_page(config, found)
