@@ -12,6 +12,7 @@ from spatial_forcing import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+EVIDENCE = (ROOT / "docs" / "evidence.md").read_text()
 
 
 def test_the_ten_lines_are_the_example():
@@ -23,12 +24,16 @@ def test_the_ten_lines_are_the_example():
     assert len(shown[1].splitlines()) <= 10
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+def links(text):
+    return sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", text)))
+
+
+@pytest.mark.parametrize("target", [*links(README), *(f"docs/{target}" for target in links(EVIDENCE))])
 def test_every_link_leads_somewhere(target):
     assert (ROOT / target).exists()
 
 
-@pytest.mark.parametrize("line", re.findall(r"^spatial-forcing ([^#\n]+)", README, re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^spatial-forcing ([^#\n]+)", README + EVIDENCE, re.MULTILINE))
 def test_every_command_parses(line):
     path, command, _ = cli.resolve(line.split())
     assert command.target

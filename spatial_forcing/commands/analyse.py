@@ -78,4 +78,8 @@ def analyse(options: tyro.conf.OmitArgPrefixes[AnalyseOptions]) -> None:
     write_json(folder / "analysis.json", asdict(found))
     console = Console()
     console.print(found.verdict, highlight=False)
+    if audit is None:
+        console.print(
+            "no gradient audit was logged: train with --audit-every N (none at alpha 0)", highlight=False
+        )
     console.print(f"page: {write_report(page, folder / 'analysis.html')}")
