@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spatial_forcing.comparison.arms import ArmSpec, parse_arm, parse_overrides
-from spatial_forcing.envs.base import EVALUATION_SEEDS
+from spatial_forcing.envs.base import EVALUATION_SEEDS, expand_tasks
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.teachers.base import RANDOM
 from spatial_forcing.teachers.controls import SHUFFLED
@@ -37,8 +39,8 @@ class CompareConfig:
         set: settings (`setting=value`) of every arm that differ from the preset.
         steps: optimizer steps; none: the preset's.
         checkpoints: evaluations over training, evenly spaced, the last step included.
-        tasks: environments of the evaluation; empty: no simulator, `held_out` alone. A finished comparison
-            without them may be given some, and then evaluates the policies that it has.
+        tasks: environments of the evaluation, or suites of them; empty: no simulator, `held_out` alone. A
+            finished comparison without them may be given some, and then evaluates the policies that it has.
         held_out: share of each task's demonstrations that no run trains on; the error of the predicted
             actions there is reported too (see `evaluation.open_loop`), with or without a simulator. Actions
             and states are still scaled by the statistics of the whole dataset.
@@ -49,7 +51,8 @@ class CompareConfig:
         image_size: pixels on a side that the cameras render; none: the student's.
         teacher: 3D teacher, also of the shuffled, random and fusion arms.
         image_teacher: of the arm `2d`: a registered name or a folder.
-        parallel: training processes, and simulators, side by side.
+        parallel: training processes, and simulators, side by side; training processes take the GPUs in turn.
+            Default: as many as there are GPUs, or cores where there is none.
         threshold: success rate of "steps to threshold"; none: the first control's final mean, or one solved
             episode where it solves none.
     """
@@ -73,10 +76,11 @@ class CompareConfig:
     image_size: int | None = None
     teacher: str = "vggt-nano"
     image_teacher: str = "facebook/dinov2-base"
-    parallel: int = os.cpu_count() or 1
+    parallel: int = torch.cuda.device_count() or os.cpu_count() or 1
     threshold: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", expand_tasks(self.tasks))
         for name in ("checkpoints", "episodes", "parallel", "execute"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"compare.{name} is {getattr(self, name)}; expected at least 1.")
@@ -178,12 +182,15 @@ def train_config(
     points = evaluated_steps(steps, config.checkpoints)
     overrides |= {"save_every": points[0], "keep": config.checkpoints}
     teacher = target_teacher(config, cell.arm)
-    found = preset(
-        config.preset,
-        dataset=config.dataset,
-        output=base.output,
-        overrides=overrides | {"teacher": teacher, "cache": None},
-    )
+    try:
+        found = preset(
+            config.preset,
+            dataset=config.dataset,
+            output=base.output,
+            overrides=overrides | {"teacher": teacher, "cache": None},
+        )
+    except ConfigError as error:
+        raise ConfigError(f"arm {cell.arm.name!r} with preset {config.preset!r}: {error}") from error
     cache = None if teacher is None else (caches or {}).get(teacher.removeprefix(SHUFFLED))
     if episodes is not None and found.episodes is not None:
         raise ConfigError("compare.held_out chooses the episodes; drop `episodes` from compare.set.")

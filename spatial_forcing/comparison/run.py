@@ -17,6 +17,7 @@ from spatial_forcing.analysis.audits import AuditRecord, AuditRow, audit_csv, au
 from spatial_forcing.analysis.comparison import Comparison, RunRecord, analyse, without_rollouts
 from spatial_forcing.analysis.features import Frames
 from spatial_forcing.analysis.held_out import ErrorRecord, analyse_errors
+from spatial_forcing.comparison.checks import CONFIG, EPISODES, check_folder, check_runs, untrained_tasks
 from spatial_forcing.comparison.config import (
     Cell,
     CompareConfig,
@@ -42,18 +43,13 @@ from spatial_forcing.teachers.cache_source import dataset_source
 from spatial_forcing.training import TrainConfig, read_metrics
 from spatial_forcing.training.arms import train_arms
 from spatial_forcing.training.checkpoint import checkpoint_name
-from spatial_forcing.training.fields import differences
 from spatial_forcing.training.parts import hold_out
 from spatial_forcing.training.run import CHECKPOINTS, open_run, read_result
 
-CONFIG, EPISODES, RESULT = "compare.json", "episodes.jsonl", "comparison.json"
+RESULT = "comparison.json"
 SUCCESS_TABLE, ERROR_TABLE, AUDIT_TABLE = "comparison.csv", "held-out.csv", "audit.csv"
 ACT_TIME, ERRORS = "act_ms.json", "held_out_errors.json"
 ACT_CALLS = 12
-GROWING = frozenset({"arms", "seeds", "fractions", "controls", "parallel", "output", "threshold"})
-"""Settings that an existing comparison may change: they add runs or read them anew, and alter none."""
-ROLLOUTS = frozenset({"tasks", "episodes", "first_episode", "horizon", "image_size"})
-"""Settings of the closed-loop evaluation: a comparison that had none yet may get one."""
 CACHE_BATCH = 16
 
 
@@ -90,7 +86,12 @@ def compare(config: CompareConfig, console: Console | None = None, make: MakeEnv
     """
     console = console or Console()
     check_folder(config)
-    runs = prepare(config)
+    dataset = Dataset.open(config.dataset)
+    runs = prepare(config, dataset, make)
+    write_json(config.output / CONFIG, config.to_plain())  # not before: a failed start claims no folder
+    foreign = untrained_tasks(config, dataset)
+    for remark in foreign:
+        console.print(f"[yellow]{remark}[/]")
     console.print(
         f"{len(runs)} runs: {len(config.arms)} arms x {len(config.fractions)} parts of the data x "
         f"{len(config.seeds)} training seeds"
@@ -107,7 +108,8 @@ def compare(config: CompareConfig, console: Console | None = None, make: MakeEnv
             if waiting := {r.cell.name: r.train for r in batch if not finished(r.train)}:
                 train_arms(waiting, parallel=config.parallel, console=console)
             examine(config, batch, pool)
-    found = replace(read_comparison(config, runs), audits=_audits(runs))
+    found = read_comparison(config, runs)
+    found = replace(found, audits=_audits(runs), remarks=(*foreign, *found.remarks))
     written = write(found, config.output)
     for table in found.tables():
         console.print(table)
@@ -117,32 +119,13 @@ def compare(config: CompareConfig, console: Console | None = None, make: MakeEnv
     return found
 
 
-def check_folder(config: CompareConfig) -> None:
-    """Record the settings, or refuse a folder that holds a comparison with others."""
-    path = config.output / CONFIG
-    if path.exists():
-        # Parsed, so that settings which are newer than the folder have their default there.
-        there = CompareConfig.from_plain(json.loads(path.read_text()))
-        free = GROWING if there.tasks else GROWING | ROLLOUTS
-        if all(arm.target != "image" for arm in there.specs):
-            free |= {"image_teacher"}  # no run has used it yet
-        compared = differences(there.to_plain(), config.to_plain())
-        changed = {name: values for name, values in compared.items() if name not in free}
-        if changed:
-            listed = "; ".join(f"{n}: {old!r} there, {new!r} asked for" for n, (old, new) in changed.items())
-            raise ConfigError(
-                f"{config.output} holds a comparison with other settings ({listed}); choose another output."
-            )
-    write_json(path, config.to_plain())
-
-
-def prepare(config: CompareConfig) -> list[Run]:
+def prepare(config: CompareConfig, dataset: Dataset, make: MakeEnv = make_env) -> list[Run]:
     """Check every run, then build the caches and initial students that they need."""
     plan = cells(config)
-    dataset = Dataset.open(config.dataset)
     kept = hold_out(dataset, config.held_out)[0] if config.held_out else None
     # Wrong settings stop here, before any work.
     drafts = [train_config(config, cell, episodes=kept) for cell in plan]
+    check_runs(config, dataset, drafts, make)
     caches = {
         teacher: _cache(config, dataset, teacher, layers, drafts[0].student.cameras)
         for teacher, layers in teacher_layers(drafts).items()
@@ -158,7 +141,14 @@ def _cache(
 ) -> Path:
     folder = config.output / "features" / teacher.replace("/", "--").replace(":", "-")
     source = dataset_source(dataset, cameras, dataset.store(cameras).images)
-    build_cache(load_teacher(teacher), source, folder, layers=layers, cameras=cameras, batch_size=CACHE_BATCH)
+    build_cache(
+        load_teacher(teacher, device=_device()),
+        source,
+        folder,
+        layers=layers,
+        cameras=cameras,
+        batch_size=CACHE_BATCH,
+    )
     return folder
 
 
@@ -226,7 +216,7 @@ def _evaluate(config: CompareConfig, run: Run, step: int, pool: WorkerPool) -> N
     if len(read_results(run.episodes, {"step": step})) >= config.episodes * len(config.tasks):
         return
     evaluate(
-        load_student(run.policy(step)),
+        _policy(run, step),
         config.tasks,
         episodes=config.episodes,
         seed=config.first_episode,
@@ -244,7 +234,7 @@ def _measure_errors(config: CompareConfig, run: Run, step: int) -> None:
         return
     dataset = Dataset.open(config.dataset)
     found = open_loop_errors(
-        load_student(run.policy(step)),
+        _policy(run, step),
         dataset,
         hold_out(dataset, config.held_out)[1],
         cameras=run.train.student.cameras,
@@ -254,12 +244,22 @@ def _measure_errors(config: CompareConfig, run: Run, step: int) -> None:
     write_json(path, {**known, str(step): rows})
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _policy(run: Run, step: int) -> Any:
+    """As it is deployed: on the GPU where there is one."""
+    policy = load_student(run.policy(step))
+    return policy.to(_device()) if isinstance(policy, torch.nn.Module) else policy
+
+
 def _time_policy(run: Run) -> None:
     """Median milliseconds of one call with one observation: the cost at inference."""
     path = run.train.output / ACT_TIME
     if not path.exists():
         frames = Frames.read(Dataset.open(run.train.dataset), [0], run.train.student.cameras)
-        write_json(path, {"act_ms": act_milliseconds(load_student(run.policy(run.train.steps)), frames)})
+        write_json(path, {"act_ms": act_milliseconds(_policy(run, run.train.steps), frames)})
 
 
 def act_milliseconds(student: Student, frames: Frames, calls: int = ACT_CALLS) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -35,13 +36,15 @@ class _Running:
     config: TrainConfig
     process: subprocess.Popen[bytes]
     line: TaskID
+    lane: int
 
 
 def train_arms(arms: Mapping[str, TrainConfig], *, parallel: int, console: Console) -> None:
     """Train every arm to its end, `parallel` at a time; finished ones are not repeated.
 
-    Arms run in processes of their own with a share of the cores each: small models waste a second thread,
-    and the peak memory of an arm is its own. Ctrl-C stops them all; each saves a checkpoint first.
+    Arms run in processes of their own with a share of the cores and one GPU each (shared where there are more
+    arms at a time than GPUs): small models waste a second thread, and the peak memory of an arm is its own.
+    Ctrl-C stops them all; each saves a checkpoint first.
 
     Raises:
         ArmFailed: a process failed; the others are stopped (and resume later).
@@ -57,21 +60,32 @@ def train_arms(arms: Mapping[str, TrainConfig], *, parallel: int, console: Conso
             while waiting or running:
                 while waiting and len(running) < parallel:
                     name, config = waiting.pop(0)
-                    running.append(_Running(name, config, _start(config, threads), lines[name]))
+                    lane = min(set(range(parallel)) - {arm.lane for arm in running})
+                    process = _start(config, {"OMP_NUM_THREADS": str(threads)} | one_gpu(lane))
+                    running.append(_Running(name, config, process, lines[name], lane))
                 time.sleep(POLL_SECONDS)
                 running = [arm for arm in running if not _finished(arm, bar)]
         finally:
             _stop(running)
 
 
-def _start(config: TrainConfig, threads: int) -> subprocess.Popen[bytes]:
+def one_gpu(lane: int) -> dict[str, str]:
+    """Environment of the process in this lane: it sees one of the visible GPUs. Empty without any."""
+    count = torch.cuda.device_count()
+    if not count:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return {"CUDA_VISIBLE_DEVICES": names[lane % count]}
+
+
+def _start(config: TrainConfig, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
     wanted = config.output / "wanted.json"
     write_json(wanted, config.to_plain())
     command = [sys.executable, "-m", "spatial_forcing.cli", "train", "--config", str(wanted)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with (config.output / "train.log").open("ab") as log:
         return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | settings, start_new_session=True
         )
 
 

@@ -13,6 +13,7 @@ from spatial_forcing.commands.analyse import AnalyseOptions, analyse
 from spatial_forcing.commands.probe import ProbeOptions, probe
 from spatial_forcing.comparison import CompareConfig, compare
 from spatial_forcing.comparison import run as module
+from spatial_forcing.comparison.checks import CONFIG
 from spatial_forcing.comparison.config import cells
 from spatial_forcing.comparison.report import write_page
 from spatial_forcing.data import Dataset
@@ -120,21 +121,13 @@ def test_comparison_is_matched_resumes_and_grows(rooms, tmp_path, trained, evalu
 def test_a_comparison_from_before_a_setting_existed_goes_on(rooms, tmp_path, trained, evaluated):
     config = settings(rooms, tmp_path / "out", arms=("alpha0", "sf"), checkpoints=1)
     compare(config, QUIET, make_room)
-    path = config.output / module.CONFIG
+    path = config.output / CONFIG
     old = json.loads(path.read_text())
     del old["held_out"]
     path.write_text(json.dumps(old))
     trained.clear()
     assert compare(config, QUIET, make_room).contrasts
     assert trained == []
-
-
-def test_the_2d_teacher_may_be_chosen_until_an_arm_has_used_it(rooms, tmp_path):
-    plain, flat = ("alpha0", "sf"), ("alpha0", "sf", "2d")
-    module.check_folder(settings(rooms, tmp_path, arms=plain))
-    module.check_folder(settings(rooms, tmp_path, arms=flat, image_teacher="mine"))
-    with pytest.raises(ConfigError, match="image_teacher: 'mine' there, 'another' asked for"):
-        module.check_folder(settings(rooms, tmp_path, arms=flat, image_teacher="another"))
 
 
 def no_environment(task, **kwargs):
@@ -264,7 +257,7 @@ def test_a_kill_between_runs_loses_no_finished_work(rooms, tmp_path, trained, ev
 
 def test_fusion_starts_as_the_nano_student_and_keeps_the_teacher_out_of_its_files(rooms, tmp_path):
     config = settings(rooms, tmp_path / "out", arms=("alpha0", "fusion"), seeds=(0,))
-    plain, fused = module.prepare(config)
+    plain, fused = module.prepare(config, Dataset.open(rooms), make_room)
     student = module.load_student(fused.train.init_from)
     base = NanoVLA(plain.train.student, seed=0)
     assert student.action_norm.scale.abs().sum() == 0  # the rooms' actions are constant

@@ -54,3 +54,13 @@ def test_the_last_complete_metrics_line_is_shown(tmp_path):
     assert arms._last_metrics(path) == {"step": 20}
     path.write_text('{"st')
     assert arms._last_metrics(path) == {}
+
+
+def test_lanes_take_the_visible_gpus_in_turn(monkeypatch):
+    monkeypatch.setattr(arms.torch.cuda, "device_count", lambda: 0)
+    assert arms.one_gpu(1) == {}
+    monkeypatch.setattr(arms.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [arms.one_gpu(lane)["CUDA_VISIBLE_DEVICES"] for lane in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [arms.one_gpu(lane)["CUDA_VISIBLE_DEVICES"] for lane in range(2)] == ["5", "7"]

@@ -1,0 +1,84 @@
+"""What is wrong with a comparison, said before anything is trained."""
+
+from __future__ import annotations
+
+import json
+
+from spatial_forcing.comparison.config import RUNS, CompareConfig
+from spatial_forcing.data import Dataset
+from spatial_forcing.envs import make_env
+from spatial_forcing.envs.base import suite_of
+from spatial_forcing.envs.metaworld_tasks import INSTRUCTIONS
+from spatial_forcing.errors import ConfigError
+from spatial_forcing.evaluation.workers import MakeEnv
+from spatial_forcing.training import TrainConfig
+from spatial_forcing.training.fields import differences
+
+CONFIG, EPISODES = "compare.json", "episodes.jsonl"
+GROWING = frozenset({"arms", "seeds", "fractions", "controls", "parallel", "output", "threshold"})
+"""Settings that an existing comparison may change: they add runs or read them anew, and alter none."""
+ROLLOUTS = frozenset({"tasks", "episodes", "first_episode", "horizon", "image_size"})
+"""Settings of the closed-loop evaluation: they may change until an episode was run."""
+
+
+def check_folder(config: CompareConfig) -> None:
+    """Refuse a folder that holds a comparison with other settings. Raises `ConfigError` with both values."""
+    path = config.output / CONFIG
+    if not path.exists():
+        return
+    # Parsed, so that settings which are newer than the folder have their default there.
+    there = CompareConfig.from_plain(json.loads(path.read_text()))
+    evaluated = any((config.output / RUNS).glob(f"*/{EPISODES}"))
+    free = GROWING if evaluated else GROWING | ROLLOUTS
+    if all(arm.target != "image" for arm in there.specs):
+        free |= {"image_teacher"}  # no run has used it yet
+    compared = differences(there.to_plain(), config.to_plain())
+    changed = {name: values for name, values in compared.items() if name not in free}
+    if changed:
+        listed = "; ".join(f"{n}: {old!r} there, {new!r} asked for" for n, (old, new) in changed.items())
+        raise ConfigError(
+            f"{config.output} holds a comparison with other settings ({listed}); choose another output."
+        )
+
+
+def check_runs(config: CompareConfig, dataset: Dataset, runs: list[TrainConfig], make: MakeEnv) -> None:
+    """Refuse what would fail once the first policies are trained.
+
+    Args:
+        config: what is compared.
+        dataset: opened.
+        runs: every training run of it.
+        make: environment factory; task names are those of this package with its own.
+
+    Raises:
+        ConfigError: cameras that the dataset lacks, an unknown task, or more executed actions than a chunk.
+    """
+    for run in runs:
+        missing = [camera for camera in run.student.cameras if camera not in dataset.info.cameras]
+        if missing:
+            raise ConfigError(
+                f"preset {config.preset!r} wants the cameras {list(run.student.cameras)}; {config.dataset} "
+                f"has {list(dataset.info.cameras)}. Choose another --preset, or name them: --set "
+                "'student.cameras=[\"...\"]'."
+            )
+        chunk = getattr(run.student, "chunk", None)
+        if chunk is not None and config.execute > chunk:
+            raise ConfigError(
+                f"compare.execute is {config.execute}; the policy predicts {chunk} actions at a time. Choose "
+                f"1 to {chunk}."
+            )
+    if make is make_env:
+        for task in config.tasks:
+            suite_of(task)
+
+
+def untrained_tasks(config: CompareConfig, dataset: Dataset) -> list[str]:
+    """A remark where tasks are evaluated that no demonstration shows; only Meta-World's are known by name."""
+    shown = set(dataset.tasks)
+    foreign = [task for task in config.tasks if task in INSTRUCTIONS and INSTRUCTIONS[task] not in shown]
+    if not foreign:
+        return []
+    return [
+        f"{config.dataset} has no demonstration of {', '.join(foreign)}: no arm was trained for "
+        f"{'it' if len(foreign) == 1 else 'them'} (name others with --tasks)."
+    ]
