@@ -210,8 +210,6 @@ def interval_text(s: Spread) -> str:
     """Success in %, with the interval of the mean where there is one."""
     if s.seeds == 1:
         return f"{100 * s.mean:.1f} (one seed)"
-    if s.sd == 0:
-        return f"{100 * s.mean:.1f} (every seed alike)"
     return f"{100 * s.mean:.1f} [{100 * s.low:.1f}, {100 * s.high:.1f}]"
 
 
@@ -232,10 +230,12 @@ def _plans(contrasts: Sequence[Contrast]) -> tuple[tuple[Plan | None, ...], str]
         return (), ""
     chosen = max(contrasts, key=lambda c: c.fraction)
     d, level = chosen.difference, LEVEL / len(contrasts)
+    if d.seed_sd == d.episode_sd == 0:
+        return (), ""  # nothing varied, so there is no spread to plan with
     plans = sample_sizes(
         EFFECT,
         seed_sd=d.seed_sd,
-        episode_sd=max(d.episode_sd, 1e-3),
+        episode_sd=d.episode_sd,
         episodes=(d.episodes, 2 * d.episodes, 4 * d.episodes),
         alpha=level,
     )

@@ -63,8 +63,6 @@ class PairedDifference:
     episodes: int
 
     def __str__(self) -> str:
-        if self.low == self.high:
-            return f"{100 * self.value:+.1f} (every episode of every seed alike)"
         return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 
@@ -168,7 +166,7 @@ def paired_difference(
     by_seed = by_task.mean(1)
     value = float(by_seed.mean())
     error = bootstrap_error(better, worse, counts, bootstraps=bootstraps, seed=seed)
-    error *= sqrt(len(seeds) / (len(seeds) - 1))
+    error = max(error * sqrt(len(seeds) / (len(seeds) - 1)), least_error(len(seeds), int(counts[0].sum())))
     low, high, p_value = _student(value, error, len(seeds), confidence)
     within = (better + worse) / counts - by_task**2
     noise = float((within / counts).sum(1).mean() / len(tasks) ** 2)
@@ -282,10 +280,18 @@ def bootstrap_error(
     return float(np.concatenate(means).std())
 
 
+def least_error(seeds: int, episodes: int) -> float:
+    """Standard error of a mean over seeds, whose `episodes` all agree: half an episode may always turn over.
+
+    Without it, arms that solve everything and nothing would show less than arms that all but do.
+    """
+    return 0.5 / episodes / sqrt(seeds)
+
+
 def _student(value: float, error: float, seeds: int, confidence: float) -> tuple[float, float, float]:
     """Interval and two-sided p-value of a mean over `seeds` with this standard error."""
     if error == 0:
-        # Every episode of every seed agrees. The sign-flip test is then all that can be said.
+        # Every error of every seed differs by the same. The sign-flip test is then all that can be said.
         return value, value, 1.0 if value == 0 else 2.0 ** (1 - seeds)
     reach = float(stats.t.ppf((1 + confidence) / 2, seeds - 1)) * error
     p_value = 2 * float(stats.t.sf(abs(value) / error, seeds - 1))
@@ -322,7 +328,8 @@ def spread(arm: SeedOutcomes, confidence: float = 0.95) -> Spread:
     mean, low, high, sd = float(values.mean()), 0.0, 1.0, 0.0
     if len(values) > 1:
         sd = float(values.std(ddof=1))
-        reach = mean_reach(sd, len(values), confidence)
+        floor = least_error(len(values), min(map(len, arm.values()))) * sqrt(len(values))
+        reach = mean_reach(max(sd, floor), len(values), confidence)
         low, high = max(0.0, mean - reach), min(1.0, mean + reach)
     return Spread(mean, low, high, sd, float(values.min()), float(values.max()), len(values))
 

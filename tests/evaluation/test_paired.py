@@ -154,11 +154,21 @@ def test_errors_that_do_not_match_are_refused():
         paired_error(a, {s: dict.fromkeys(e, 0.0) for s, e in a.items()})
 
 
-def test_agreement_of_every_episode_is_no_more_than_a_sign_flip_test_shows():
-    won = {s: dict.fromkeys([("a", 0), ("a", 1)], True) for s in range(3)}
-    lost = {s: dict.fromkeys([("a", 0), ("a", 1)], False) for s in range(3)}
-    assert paired_difference(won, lost).p_value == 0.25
-    assert paired_difference(won, won).p_value == 1.0
+def test_agreement_of_every_episode_says_a_little_more_than_of_all_but_one():
+    def solved(missing):
+        won = {("push", e): True for e in range(20)}
+        return {s: won | {("push", 0): s >= missing} for s in range(5)}
+
+    nothing = {s: {("push", e): False for e in range(20)} for s in range(5)}
+    all_won, nearly = (paired_difference(solved(n), nothing) for n in (0, 1))
+    assert all_won.p_value < nearly.p_value < 0.001
+    assert (all_won.value, all_won.high) == (1.0, 1.0)
+    assert nearly.low < all_won.low < 1.0
+    same = paired_difference(nothing, nothing)
+    assert (same.value, same.p_value) == (0.0, 1.0)
+    assert -0.1 < same.low < 0 < same.high < 0.1
+    assert spread(nothing).low == 0
+    assert 0 < spread(nothing).high < 0.1
 
 
 def test_arms_that_do_not_match_are_refused():
