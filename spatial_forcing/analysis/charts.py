@@ -1,8 +1,8 @@
 """Charts as SVG text, drawn on the server: they show without JavaScript and in print.
 
-Colours, fonts and themes come from the page's CSS (classes `arm-0`, `arm-1`, ...); every arm also has its own
-dash pattern and marker, so that no chart depends on colour alone. What a script needs for tooltips
-is in `data-` attributes.
+Colours, fonts and themes come from the page's CSS (classes `arm-0` to `arm-5`); every arm also has its own
+dash pattern and marker, so that no chart depends on colour alone. More than six arms share the colours, with
+other patterns and markers (36 pairs). What a script needs for tooltips is in `data-` attributes.
 """
 
 from __future__ import annotations
@@ -151,15 +151,24 @@ def marker(arm: int, x: float, y: float, size: float = 4.0) -> str:
         f'<path d="M{x - r:.1f} {y - r:.1f}l{2 * r} {2 * r}m0 {-2 * r}l{-2 * r} {2 * r}" fill="none"',
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}" fill="none"',
     )
-    return f'{shapes[arm % 6]} class="mark"/>'
+    return f'{shapes[_shape(arm)]} class="mark"/>'
+
+
+def _shape(arm: int) -> int:
+    """Of six dash patterns and markers: another one each time that the colours come round again."""
+    return (arm + arm // 6) % 6
+
+
+def _dash(arm: int) -> str:
+    pattern = DASHES[_shape(arm)]
+    return f' stroke-dasharray="{pattern}"' if pattern else ""
 
 
 def swatch(arm: int) -> str:
     """The legend's sample of an arm: its line and marker."""
-    dash = f' stroke-dasharray="{DASHES[arm % 6]}"' if DASHES[arm % 6] else ""
     return (
         f'<svg class="swatch arm-{arm % 6}" viewBox="0 0 30 12" width="30" height="12" aria-hidden="true">'
-        f'<path class="line" d="M1 6H29"{dash}/>{marker(arm, 15, 6)}</svg>'
+        f'<path class="line" d="M1 6H29"{_dash(arm)}/>{marker(arm, 15, 6)}</svg>'
     )
 
 
@@ -223,7 +232,6 @@ def _line(series: Series, px: Sequence[float], y_axis: _Axis, whiskers: bool) ->
     def path(values: Sequence[float]) -> str:
         return "L".join(f"{x:.1f} {y_axis.at(v):.1f}" for x, v in zip(px, values, strict=True))
 
-    dash = f' stroke-dasharray="{DASHES[series.arm % 6]}"' if DASHES[series.arm % 6] else ""
     parts = [f'<g class="arm-{series.arm % 6}" data-arm="{series.arm}">']
     if series.low is not None and series.high is not None:
         if whiskers:
@@ -235,7 +243,7 @@ def _line(series: Series, px: Sequence[float], y_axis: _Axis, whiskers: bool) ->
         elif list(series.low) != list(series.y):
             back = "L".join(reversed(path(series.low).split("L")))
             parts.append(f'<path class="band" d="M{path(series.high)}L{back}z"/>')
-    parts.append(f'<path class="line" d="M{path(series.y)}"{dash}/>')
+    parts.append(f'<path class="line" d="M{path(series.y)}"{_dash(series.arm)}/>')
     if whiskers or len(px) == 1:
         parts += [marker(series.arm, x, y_axis.at(v)) for x, v in zip(px, series.y, strict=True)]
     return "".join([*parts, "</g>"])

@@ -40,6 +40,10 @@ from spatial_forcing.evaluation.planning import Plan, StepsToThreshold, sample_s
 
 EFFECT = 0.05
 """The difference that the sample-size note plans for: five points."""
+BOTH = (
+    "Success and held-out error are two measures, each corrected for its own differences alone; say "
+    "beforehand which of them decides."
+)
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,11 @@ class Comparison:
             said += in_words(family, "Success, in points")
         if not (self.contrasts or (self.held_out and self.held_out.contrasts)):
             said.append("Nothing is compared yet: a difference needs two training seeds that both arms have.")
-        said += [plan_sentence(plan, self.planned_for) for plan in self.plans[:1]]
+        if any(one.verdict == "not shown" for one in self.contrasts):
+            said += [plan_sentence(plan, self.planned_for) for plan in self.plans[:1]]
         said += self.held_out.sentences() if self.held_out else []
+        if self.contrasts and self.held_out and self.held_out.contrasts:
+            said.append(BOTH)
         if self.missing:
             said.append(f"Not finished and not counted: {', '.join(self.missing)}.")
         return said

@@ -137,15 +137,16 @@ def corrected_contrasts(
 
 
 def in_words(contrasts: Sequence[ArmContrast[Difference]], subject: str) -> list[str]:
-    """A sentence for each contrast; many that are not shown are gathered, behind those that are.
+    """A sentence for each contrast, those that are shown first; many that are not shown are gathered.
 
     Args:
         contrasts: of all arms.
         subject: what differs, with its unit.
     """
     unclear = [one for one in contrasts if one.verdict == "not shown"]
+    shown = [one.sentence() for one in contrasts if one.verdict != "not shown"]
     if len(unclear) <= MANY:
-        return [one.sentence() for one in contrasts]
+        return [*shown, *(one.sentence() for one in unclear)]
     groups: dict[str, list[ArmContrast[Difference]]] = {}
     for one in unclear:
         groups.setdefault(one.sides()[1], []).append(one)
@@ -155,7 +156,7 @@ def in_words(contrasts: Sequence[ArmContrast[Difference]], subject: str) -> list
         + f" (95 % intervals; Holm-corrected p at least {min(one.p_holm for one in group):.3f})."
         for control, group in groups.items()
     ]
-    return [*(one.sentence() for one in contrasts if one.verdict != "not shown"), *gathered]
+    return [*shown, *gathered]
 
 
 def contrast_columns(difference: str) -> list[str]:

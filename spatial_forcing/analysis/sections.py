@@ -27,10 +27,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: what is shown, and what the CSV holds (default the same)."""
+    """A table cell: what is shown, and what the CSV holds (default the same); `words` are set as text."""
 
     text: str
     value: str | None = None
+    words: bool = False
 
     @classmethod
     def number(cls, value: float | None, form: str = "{:.4f}") -> Cell:
@@ -60,8 +61,8 @@ class Section:
     pictures: tuple[PictureRow, ...] = ()
 
 
-def comparison_section(found: Comparison) -> Section:
-    """Success over training seeds, paired differences, curves, cost."""
+def comparison_section(found: Comparison, arms: Mapping[str, str] | None = None) -> Section:
+    """Success over training seeds, paired differences, curves, cost; `arms` are described in a line each."""
     figures: list[Figure] = []
     tables: list[TableData] = []
     if found.rows:
@@ -82,6 +83,9 @@ def comparison_section(found: Comparison) -> Section:
     if found.held_out is not None:
         figures += _error_figures(found.held_out)
         tables += _error_tables(found.held_out)
+    if arms:
+        lines = tuple((Cell(name), Cell(text, words=True)) for name, text in arms.items())
+        tables.append(TableData("meaning", "What the arms are", ("arm", "what it is"), lines))
     return Section(
         key="comparison",
         title="Comparison",
@@ -91,11 +95,14 @@ def comparison_section(found: Comparison) -> Section:
     )
 
 
-def gradient_sections(rows: Sequence[AuditRow]) -> tuple[Section, ...]:
-    """The gradient audits of all arms; empty without any."""
+def gradient_sections(rows: Sequence[AuditRow], arms: Sequence[str] = ()) -> tuple[Section, ...]:
+    """The gradient audits of all arms; empty without any. `arms`: in the order of the other charts."""
     if not rows:
         return ()
     label = _labels(rows)
+    parts = len({row.fraction for row in rows})
+    order = list(dict.fromkeys([*arms, *(row.arm for row in rows)]))
+    numbers = [order.index(row.arm) if parts == 1 else n for n, row in enumerate(whole(rows))]
     kinds = {
         "Cosine between the two gradients": ("cosine", [row.cosines for row in whole(rows)]),
         "Norm: alignment over action": ("ratio", [row.ratios for row in whole(rows)]),
@@ -104,7 +111,7 @@ def gradient_sections(rows: Sequence[AuditRow]) -> tuple[Section, ...]:
     for title, (y_label, curves) in kinds.items():
         series = [
             Series(label[row.arm, row.fraction], number, list(curve), list(curve.values()))
-            for number, (row, curve) in enumerate(zip(whole(rows), curves, strict=True))
+            for number, row, curve in zip(numbers, whole(rows), curves, strict=True)
         ]
         svg = line_chart(series, title=title, x_label="training step", y_label=y_label)
         figures.append(Figure(title, svg, "mean over seeds", tuple((s.arm, s.label) for s in series)))
@@ -137,13 +144,20 @@ def _labels(rows: Sequence[ArmRow | ErrorRow | AuditRow]) -> dict[tuple[str, flo
 Labels = Mapping[tuple[str, float], str]
 
 
+def _arm_numbers(rows: Sequence[ArmRow | ErrorRow]) -> dict[tuple[str, float], int]:
+    """Colour and marker of every row: its arm's, whatever part of the data it had."""
+    arms = list(dict.fromkeys(row.arm for row in rows))
+    return {(row.arm, row.fraction): arms.index(row.arm) for row in rows}
+
+
 def _success_figure(rows: Sequence[ArmRow], label: Labels) -> Figure:
+    number = _arm_numbers(rows)
     marks = [
         (
             label[row.arm, row.fraction],
             [
                 Interval(
-                    number,
+                    number[row.arm, row.fraction],
                     row.success.mean,
                     row.success.low,
                     row.success.high,
@@ -152,7 +166,7 @@ def _success_figure(rows: Sequence[ArmRow], label: Labels) -> Figure:
                 )
             ],
         )
-        for number, row in enumerate(rows)
+        for row in rows
     ]
     title = "Success, mean over training seeds"
     return Figure(
@@ -169,7 +183,7 @@ def _contrast_figure(
     x_label: str,
     text: str = "",
 ) -> Figure:
-    number = {(row.arm, row.fraction): i for i, row in enumerate(rows)}
+    number = _arm_numbers(rows)
     several = len({row.fraction for row in rows}) > 1
     marks = [
         (

@@ -49,7 +49,11 @@ class AnalyseOptions:
 
 def analyse(options: tyro.conf.OmitArgPrefixes[AnalyseOptions]) -> None:
     """Why a run turned out as it did: gradient audit, rank and collapse, CKA over layers, t-SNE and PCA."""
-    config = TrainConfig.from_plain(read_config(options.run / "config.json"))
+    config = TrainConfig.from_plain(
+        read_config(
+            options.run / "config.json", "give the folder of a training run (of a comparison: runs/ARM-seedN)"
+        )
+    )
     checkpoint, _ = latest_checkpoint(options.run / CHECKPOINTS)
     if checkpoint is None:
         raise CheckpointError(f"{options.run / CHECKPOINTS} holds no complete checkpoint; train first.")

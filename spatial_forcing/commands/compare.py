@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -33,11 +33,10 @@ def compare(prog: str, arguments: Sequence[str]) -> None:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", type=Path, default=None)
     chosen, rest = first.parse_known_args(list(arguments))
-    default = (
-        CompareConfig(tyro.MISSING, tyro.MISSING)
-        if chosen.config is None
-        else CompareConfig.from_plain(read_config(chosen.config))
-    )
+    plain = {} if chosen.config is None else read_config(chosen.config, "give a compare.json")
+    # What the file leaves out must be on the command line.
+    open_ones = {name: tyro.MISSING for name in ("dataset", "output") if name not in plain}
+    default = replace(CompareConfig.from_plain(dict.fromkeys(open_ones, ".") | plain), **open_ones)
     listed = "\n".join(f"  {name}: {arm.description}" for name, arm in ARMS.items())
     config = tyro.cli(
         CompareConfig,
@@ -88,6 +87,8 @@ def checkpoints(options: tyro.conf.OmitArgPrefixes[CheckpointOptions]) -> None:
 
 
 def _select(files: Sequence[Path], words: Sequence[str]) -> list[EpisodeResult]:
+    if missing := [str(file) for file in files if not file.exists()]:
+        raise DataError(f"{', '.join(missing)} does not exist; give the episodes (JSONL) of an evaluation.")
     tags = parse_overrides(tuple(words), "tags")
     rows = [episode for file in files for episode in read_results(file, tags)]
     if not rows:

@@ -67,14 +67,14 @@ def starting_point(chosen: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_plain(read_config(chosen.config))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises `ConfigError` when there is none."""
+def read_config(path: Path, give: str = "give a run's config.json") -> dict[str, Any]:
+    """The JSON object in `path`. Raises `ConfigError` that ends with what to `give` when there is none."""
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {path} cannot be read ({error}); give a run's config.json.") from error
+        raise ConfigError(f"{path} cannot be read ({error}); {give}.") from error
     if not isinstance(plain, dict):
-        raise ConfigError(f"--config {path} holds {type(plain).__name__}, not an object with settings.")
+        raise ConfigError(f"{path} holds {type(plain).__name__}, not an object with settings; {give}.")
     return plain
 
 

@@ -26,8 +26,8 @@ def write_page(config: CompareConfig, found: Comparison) -> Path:
     probe = read_probe(config.output / PROBE)
     data = ReportData(
         title="Comparison",
-        subtitle=f"{len(config.arms)} arms, {len(config.seeds)} training seeds, {parts} of the "
-        f"demonstrations, {_measured(config)}",
+        subtitle=f"{len(config.arms)} arms, {len(config.seeds)} training seeds, trained on {parts} of the "
+        f"demonstrations{' that are not held out' if config.held_out else ''}; {_measured(config)}",
         arms=(),
         notes=(
             "The arms of a training seed start from the same weights and see the same batches in the same "
@@ -37,8 +37,8 @@ def write_page(config: CompareConfig, found: Comparison) -> Path:
         ),
         probe=probe[0] if probe is not None else None,
         sections=(
-            comparison_section(found),
-            *gradient_sections(found.audits),
+            comparison_section(found, {arm.name: arm.description for arm in config.specs}),
+            *gradient_sections(found.audits, [arm.name for arm in config.specs]),
             *(probe[1:] if probe is not None else ()),
             *_analysed(config),
         ),
@@ -60,6 +60,6 @@ def _measured(config: CompareConfig) -> str:
     tasks = "one task" if len(config.tasks) == 1 else f"each of {len(config.tasks)} tasks"
     by = [
         f"{config.episodes} episodes of {tasks}" if config.tasks else "",
-        f"{100 * config.held_out:g} % of them held out" if config.held_out else "",
+        f"{100 * config.held_out:g} % of the demonstrations held out" if config.held_out else "",
     ]
     return ", ".join(filter(None, by))

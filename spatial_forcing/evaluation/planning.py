@@ -75,7 +75,7 @@ def seeds_needed(
             (0, 1).
     """
     _check(effect, episodes, power_wanted, alpha)
-    if min(seed_sd, episode_sd) < 0:
+    if not (0 <= seed_sd < inf and 0 <= episode_sd < inf):
         raise ConfigError(f"seed_sd is {seed_sd} and episode_sd {episode_sd}; expected 0 or more.")
 
     def reached(seeds: int) -> float:
@@ -102,6 +102,8 @@ def sample_sizes(
     alpha: float = 0.05,
 ) -> list[Plan | None]:
     """`seeds_needed` for several numbers of episodes a seed; see there."""
+    if not episodes:
+        raise ConfigError("episodes is empty; name at least one number of evaluation episodes.")
     return [
         seeds_needed(
             effect, n, seed_sd=seed_sd, episode_sd=episode_sd, power_wanted=power_wanted, alpha=alpha

@@ -35,6 +35,8 @@ __all__ = [
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+POLICY = "policy"
+"""Folder of the policy in that of a finished training run."""
 
 OTHERS = "spatial_forcing.students"
 """Group of entry points by which other distributions load their own checkpoints: the name is a key that the
@@ -47,12 +49,16 @@ STUDENTS: Registry[type[Student]] = Registry("student")
 def load_student(folder: str | Path) -> Student:
     """The student saved in `folder`, whichever registered class it is, or whose plugin knows it.
 
+    The folder of a finished training run stands for its policy.
+
     Raises:
         CheckpointError: no readable `config.json`, its model type is not a registered student, or it is a
             LeRobot policy and the plugin is not installed.
     """
     stored = read_json(folder)
     if "model_type" not in stored:
+        if (Path(folder) / POLICY / CONFIG_FILE).exists():
+            return load_student(Path(folder) / POLICY)
         for point in entry_points(group=OTHERS):
             if point.name in stored:
                 student: Student = point.load()(Path(folder))

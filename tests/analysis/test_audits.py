@@ -46,6 +46,8 @@ def test_audits_are_means_over_seeds_and_training_by_place():
     assert [figure.legend for figure in section.figures] == [
         ((0, "sf, 100 % of data"), (1, "sf, 5 % of data"))
     ] * 2
+    (alone,) = gradient_sections(rows[:2], ["alpha0", "2d", "sf"])
+    assert alone.figures[0].legend == ((2, "sf"),)  # as in the charts of all arms
     assert [row[3].text for row in section.tables[0].rows] == ["+0.250", "+0.250", "-0.150", "-0.150"]
 
 

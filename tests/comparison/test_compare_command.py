@@ -5,7 +5,7 @@ import pytest
 
 from spatial_forcing.commands import compare as command
 from spatial_forcing.comparison import CompareConfig
-from spatial_forcing.errors import DataError
+from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.evaluation.results import EpisodeResult
 
 
@@ -42,6 +42,14 @@ def test_arms_with_overrides_and_a_file_as_starting_point(asked, tmp_path):
     command.compare("spatial-forcing compare", ["--config", str(path), "--seeds", "9", "--steps", "40"])
     assert isinstance(asked[1], CompareConfig)
     assert (asked[1].arms, asked[1].seeds, asked[1].steps) == (config.arms, (9,), 40)
+    # What the file leaves out comes from the command line.
+    path.write_text('{"seeds": [7, 8]}')
+    command.compare("spatial-forcing compare", ["--config", str(path), "--dataset", "d", "--output", "o"])
+    assert (asked[2].seeds, str(asked[2].dataset)) == ((7, 8), "d")
+    with pytest.raises(SystemExit):
+        command.compare("spatial-forcing compare", ["--config", str(path), "--dataset", "d"])
+    with pytest.raises(ConfigError, match=r"gone\.json cannot be read .* give a compare\.json"):
+        command.compare("spatial-forcing compare", ["--config", str(tmp_path / "gone.json")])
 
 
 def test_two_checkpoints_over_identical_episodes(tmp_path, capsys):
@@ -58,6 +66,8 @@ def test_two_checkpoints_over_identical_episodes(tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "only the first succeeds in 8, only the second in 0; McNemar's exact p = 0.008." in shown
     assert "90 % [60, 98]" in shown
+    with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
+        command.checkpoints(command.CheckpointOptions((tmp_path / "nowhere.jsonl",), ("arm=sf",), ("arm=b",)))
     with pytest.raises(DataError, match="no episode"):
         command.checkpoints(command.CheckpointOptions((path,), ("arm=sff",), ("arm=alpha0",)))
 

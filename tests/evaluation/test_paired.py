@@ -269,6 +269,10 @@ def test_more_episodes_never_need_more_seeds_and_hopeless_effects_are_named():
         seeds_needed(50, 20, seed_sd=0.1, episode_sd=0.5)
     with pytest.raises(ConfigError, match=r"seed_sd is -0\.1"):
         seeds_needed(0.1, 20, seed_sd=-0.1, episode_sd=0.5)
+    with pytest.raises(ConfigError, match="seed_sd is nan"):
+        seeds_needed(0.1, 20, seed_sd=float("nan"), episode_sd=0.5)
+    with pytest.raises(ConfigError, match="episodes is empty"):
+        sample_sizes(0.1, seed_sd=0.1, episode_sd=0.5, episodes=())
     with pytest.raises(ConfigError, match=r"rate is 1\.5"):
         independent_episode_sd(1.5)
     with pytest.raises(ConfigError, match="alpha < power"):

@@ -35,6 +35,14 @@ def test_a_loaded_student_is_bit_identical_with_its_statistics(saved):
     assert torch.equal(nano.act([observation(0)], seeded()), loaded.act([observation(0)], seeded()))
 
 
+def test_a_training_runs_folder_stands_for_its_policy(tmp_path):
+    nano = student()
+    nano.save_pretrained(tmp_path / "policy")
+    (tmp_path / "config.json").write_text('{"dataset": "d", "output": "o", "steps": 3}')
+    loaded = load_student(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), nano.parameters(), strict=True))
+
+
 def test_saving_again_replaces_and_a_failed_save_keeps_what_was_there(saved, monkeypatch):
     nano, folder = saved
     before = (folder / "model.safetensors").read_bytes()
