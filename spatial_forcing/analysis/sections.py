@@ -76,8 +76,10 @@ def comparison_section(found: Comparison, arms: Mapping[str, str] | None = None)
             (row.arm, row.fraction, row.success.mean, row.success.low, row.success.high) for row in found.rows
         ]
         figures += _data_figures(points, "Success", "success", percent=True)
-        differences = _contrast_table("differences", "Paired differences, in points", found.contrasts, label)
-        tables += [_arm_table(found, label), differences, _task_table(found, label)]
+        tables += [_arm_table(found, label), _task_table(found, label)]
+        if found.contrasts:
+            title = "Paired differences, in points"
+            tables.insert(1, _contrast_table("differences", title, found.contrasts, label))
         if found.less_data:
             tables.append(_contrast_table("less-data", f"{LESS_DATA}, points", found.less_data, label))
     if found.held_out is not None:
@@ -348,8 +350,10 @@ def _error_tables(found: HeldOut) -> list[TableData]:
             for row in found.rows
         ),
     )
-    title = "Paired differences of the held-out error, % of the control's"
-    tables = [errors, _contrast_table("held-out-differences", title, found.contrasts, label)]
+    tables = [errors]
+    if found.contrasts:
+        title = "Paired differences of the held-out error, % of the control's"
+        tables.append(_contrast_table("held-out-differences", title, found.contrasts, label))
     if found.less_data:
         title = f"{LESS_DATA}, held-out error, % of the control's"
         tables.append(_contrast_table("held-out-less-data", title, found.less_data, label))

@@ -135,6 +135,11 @@ def test_one_seed_and_missing_runs_are_said():
     assert found.contrasts == ()
     assert any("two training seeds" in s for s in found.sentences())
     assert any("sf-seed1" in s for s in found.sentences())
+    page = render(
+        ReportData("Comparison", "", (), sections=(comparison_section(found, {"sf": "as preset"}),))
+    )
+    assert 'id="comparison-differences"' not in page
+    assert "<td>as preset</td>" in page
     with pytest.raises(DataError, match="no run"):
         analyse([], controls=["alpha0"])
 
