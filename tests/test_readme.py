@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+import shlex
 import textwrap
 from pathlib import Path
 
 import pytest
+import tyro
 
 from spatial_forcing import cli
+from spatial_forcing.commands import compare
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -33,11 +38,33 @@ def test_every_link_leads_somewhere(target):
     assert (ROOT / target).exists()
 
 
+class Parsed(Exception):
+    """A command line was understood; the command itself was not run."""
+
+
+@pytest.fixture
+def parse_only(monkeypatch):
+    def parse(target, **options):
+        if inspect.isfunction(target):
+            target = functools.wraps(target)(lambda *args, **kwargs: None)
+        understood(target, **options)
+        raise Parsed
+
+    understood = tyro.cli
+    monkeypatch.setattr(tyro, "cli", parse)
+    monkeypatch.setattr(compare, "read_config", lambda *args: {"dataset": "d", "output": "o"})
+
+
 @pytest.mark.parametrize("line", re.findall(r"^spatial-forcing ([^#\n]+)", README + EVIDENCE, re.MULTILINE))
-def test_every_command_parses(line):
-    path, command, _ = cli.resolve(line.split())
-    assert command.target
-    assert path
+def test_every_command_parses(line, parse_only):
+    with pytest.raises(Parsed):
+        cli.run(shlex.split(line))
+
+
+@pytest.mark.parametrize("line", ["compare --dataset d --output o --sedes 1", "sample-size --efect 0.1"])
+def test_a_misspelt_option_would_be_noticed(line, parse_only):
+    with pytest.raises(SystemExit):
+        cli.run(line.split())
 
 
 @pytest.mark.parametrize("target", re.findall(r"\bmake ([a-z-]+)", README))

@@ -63,8 +63,14 @@ def audit_rows(records: Sequence[AuditRecord]) -> tuple[AuditRow, ...]:
     return tuple(
         _row(arm, fraction, place, runs)
         for (arm, fraction), runs in groups.items()
-        for place in sorted(set.intersection(*(set(run["cosine"]) for run in runs)))
+        for place in sorted(set.intersection(*(set(run["cosine"]) for run in runs)), key=_order)
     )
+
+
+def _order(place: str) -> tuple[str, int]:
+    """`all`, then blocks by their number, then `input`."""
+    number = place.lstrip("abcdefghijklmnopqrstuvwxyz")
+    return place.removesuffix(number), int(number or 0)
 
 
 def _row(arm: str, fraction: float, place: str, runs: Sequence[Curves]) -> AuditRow:

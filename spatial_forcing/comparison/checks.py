@@ -11,12 +11,16 @@ from spatial_forcing.envs.base import suite_of
 from spatial_forcing.envs.metaworld_tasks import INSTRUCTIONS
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.evaluation.workers import MakeEnv
+from spatial_forcing.students import NanoConfig
 from spatial_forcing.training import TrainConfig
 from spatial_forcing.training.fields import differences
 
 CONFIG, EPISODES = "compare.json", "episodes.jsonl"
-GROWING = frozenset({"arms", "seeds", "fractions", "controls", "parallel", "output", "threshold"})
-"""Settings that an existing comparison may change: they add runs or read them anew, and alter none."""
+GROWING = frozenset(
+    {"arms", "seeds", "fractions", "controls", "parallel", "output", "threshold", "image_teacher"}
+)
+"""Settings that an existing comparison may change: they add runs or read them anew, and alter none. A run of
+another 2D teacher is refused by its own folder."""
 ROLLOUTS = frozenset({"tasks", "episodes", "first_episode", "horizon", "image_size"})
 """Settings of the closed-loop evaluation: they may change until an episode was run."""
 
@@ -30,8 +34,6 @@ def check_folder(config: CompareConfig) -> None:
     there = CompareConfig.from_plain(json.loads(path.read_text()))
     evaluated = any((config.output / RUNS).glob(f"*/{EPISODES}"))
     free = GROWING if evaluated else GROWING | ROLLOUTS
-    if all(arm.target != "image" for arm in there.specs):
-        free |= {"image_teacher"}  # no run has used it yet
     compared = differences(there.to_plain(), config.to_plain())
     changed = {name: values for name, values in compared.items() if name not in free}
     if changed:
@@ -51,8 +53,14 @@ def check_runs(config: CompareConfig, dataset: Dataset, runs: list[TrainConfig],
         make: environment factory; task names are those of this package with its own.
 
     Raises:
-        ConfigError: cameras that the dataset lacks, an unknown task, or more executed actions than a chunk.
+        ConfigError: cameras that the dataset lacks, an unknown task, more executed actions than a chunk, or a
+            fused arm of another student than nano.
     """
+    if any(arm.fused for arm in config.specs) and not isinstance(runs[0].student, NanoConfig):
+        raise ConfigError(
+            f"the arm 'fusion' feeds teacher features to the nano student; preset {config.preset!r} has a "
+            f"{type(runs[0].student).__name__}. Leave the arm out, or compare nano presets."
+        )
     for run in runs:
         missing = [camera for camera in run.student.cameras if camera not in dataset.info.cameras]
         if missing:
@@ -62,7 +70,7 @@ def check_runs(config: CompareConfig, dataset: Dataset, runs: list[TrainConfig],
                 "'student.cameras=[\"...\"]'."
             )
         chunk = getattr(run.student, "chunk", None)
-        if chunk is not None and config.execute > chunk:
+        if config.tasks and chunk is not None and config.execute > chunk:
             raise ConfigError(
                 f"compare.execute is {config.execute}; the policy predicts {chunk} actions at a time. Choose "
                 f"1 to {chunk}."

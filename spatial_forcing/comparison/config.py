@@ -49,7 +49,7 @@ class CompareConfig:
         execute: actions of a chunk that are carried out before the policy is asked again.
         horizon: steps after which an episode has failed; none: the environment's own.
         image_size: pixels on a side that the cameras render; none: the student's.
-        teacher: 3D teacher, also of the shuffled, random and fusion arms.
+        teacher: 3D teacher, also of the shuffled, random and fusion arms; none: the preset's.
         image_teacher: of the arm `2d`: a registered name or a folder.
         parallel: training processes, and simulators, side by side; training processes take the GPUs in turn.
             Default: as many as there are GPUs, or cores where there is none.
@@ -74,7 +74,7 @@ class CompareConfig:
     execute: int = 8
     horizon: int | None = None
     image_size: int | None = None
-    teacher: str = "vggt-nano"
+    teacher: str | None = None
     image_teacher: str = "facebook/dinov2-base"
     parallel: int = torch.cuda.device_count() or os.cpu_count() or 1
     threshold: float | None = None
@@ -108,10 +108,18 @@ class CompareConfig:
         """The arms, parsed."""
         return tuple(parse_arm(text) for text in self.arms)
 
+    @property
+    def target(self) -> str:
+        """Name of the 3D teacher."""
+        found = self.teacher or preset(self.preset, dataset=self.dataset, output=self.output).teacher
+        if found is None:
+            raise ConfigError(f"preset {self.preset!r} names no teacher; give --teacher.")
+        return found
+
     def to_plain(self) -> dict[str, Any]:
         """What compare.json holds."""
         plain: dict[str, Any] = to_plain(self)
-        return plain
+        return plain | {"teacher": self.target}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> CompareConfig:
@@ -203,10 +211,10 @@ def target_teacher(config: CompareConfig, arm: ArmSpec) -> str | None:
     """Name of the teacher that an arm is aligned with, as a training configuration takes it."""
     names = {
         "none": None,
-        "teacher": config.teacher,
+        "teacher": config.target,
         "image": config.image_teacher,
-        "shuffled": SHUFFLED + config.teacher,
-        "random": RANDOM + config.teacher,
+        "shuffled": SHUFFLED + config.target,
+        "random": RANDOM + config.target,
     }
     return names[arm.target]
 

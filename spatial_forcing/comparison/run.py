@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ from spatial_forcing.comparison.config import (
 )
 from spatial_forcing.data import Dataset
 from spatial_forcing.envs import make_env
-from spatial_forcing.errors import ConfigError
+from spatial_forcing.envs.base import suite_of
 from spatial_forcing.evaluation import evaluate, read_results
 from spatial_forcing.evaluation.open_loop import open_loop_errors
 from spatial_forcing.evaluation.paired import outcomes
@@ -37,6 +38,7 @@ from spatial_forcing.evaluation.workers import MakeEnv, WorkerPool
 from spatial_forcing.protocols import Student
 from spatial_forcing.storage import replace_file, write_json
 from spatial_forcing.students import FusionVLA, NanoConfig, load_student
+from spatial_forcing.students.base import POLICY
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache_build import build_cache
 from spatial_forcing.teachers.cache_source import dataset_source
@@ -67,7 +69,7 @@ class Run:
 
     def policy(self, step: int) -> Path:
         """Folder of the policy after `step` steps."""
-        return self.train.output / CHECKPOINTS / checkpoint_name(step) / "policy"
+        return self.train.output / CHECKPOINTS / checkpoint_name(step) / POLICY
 
 
 def compare(config: CompareConfig, console: Console | None = None, make: MakeEnv = make_env) -> Comparison:
@@ -88,6 +90,8 @@ def compare(config: CompareConfig, console: Console | None = None, make: MakeEnv
     check_folder(config)
     dataset = Dataset.open(config.dataset)
     runs = prepare(config, dataset, make)
+    for run in runs:
+        finished(run.train)  # refuses a folder that holds another run
     write_json(config.output / CONFIG, config.to_plain())  # not before: a failed start claims no folder
     foreign = untrained_tasks(config, dataset)
     for remark in foreign:
@@ -98,14 +102,11 @@ def compare(config: CompareConfig, console: Console | None = None, make: MakeEnv
     )
     # Seeds are finished one after the other (several at a time where there are cores), so that an
     # interrupted comparison still compares like with like.
-    simulators = (
-        WorkerPool(config.parallel, make, environment_settings(config, runs[0]))
-        if config.tasks
-        else nullcontext()
-    )
+    simulators = _simulators(config, runs[0], make) if config.tasks else nullcontext()
     with simulators as pool:
         for batch in batches(config, runs):
             if waiting := {r.cell.name: r.train for r in batch if not finished(r.train)}:
+                torch.cuda.empty_cache()  # what policies and teachers held here, the arms may need
                 train_arms(waiting, parallel=config.parallel, console=console)
             examine(config, batch, pool)
     found = read_comparison(config, runs)
@@ -127,7 +128,7 @@ def prepare(config: CompareConfig, dataset: Dataset, make: MakeEnv = make_env) -
     drafts = [train_config(config, cell, episodes=kept) for cell in plan]
     check_runs(config, dataset, drafts, make)
     caches = {
-        teacher: _cache(config, dataset, teacher, layers, drafts[0].student.cameras)
+        teacher: _cache(config, dataset, teacher, layers, drafts[0])
         for teacher, layers in teacher_layers(drafts).items()
     }
     return [
@@ -137,18 +138,13 @@ def prepare(config: CompareConfig, dataset: Dataset, make: MakeEnv = make_env) -
 
 
 def _cache(
-    config: CompareConfig, dataset: Dataset, teacher: str, layers: Sequence[int], cameras: Sequence[str]
+    config: CompareConfig, dataset: Dataset, teacher: str, layers: Sequence[int], run: TrainConfig
 ) -> Path:
     folder = config.output / "features" / teacher.replace("/", "--").replace(":", "-")
+    cameras = run.student.cameras
     source = dataset_source(dataset, cameras, dataset.store(cameras).images)
-    build_cache(
-        load_teacher(teacher, device=_device()),
-        source,
-        folder,
-        layers=layers,
-        cameras=cameras,
-        batch_size=CACHE_BATCH,
-    )
+    loaded = load_teacher(teacher, device=_device(run))
+    build_cache(loaded, source, folder, layers=layers, cameras=cameras, batch_size=CACHE_BATCH)
     return folder
 
 
@@ -158,12 +154,8 @@ def _initial(config: CompareConfig, cell: Cell, draft: TrainConfig, dataset: Dat
         return None
     folder = config.output / "initial" / cell.name
     if not (folder / "config.json").exists():
-        if not isinstance(draft.student, NanoConfig):
-            raise ConfigError(
-                f"arm {cell.arm.name!r} feeds teacher features to the nano student; preset {config.preset!r} "
-                f"has a {type(draft.student).__name__}. Leave the arm out, or compare nano presets."
-            )
-        student = FusionVLA.create(draft.student, dataset.stats, seed=cell.seed, teacher=config.teacher)
+        assert isinstance(draft.student, NanoConfig)  # see check_runs
+        student = FusionVLA.create(draft.student, dataset.stats, seed=cell.seed, teacher=config.target)
         student.save_pretrained(folder)
     return folder
 
@@ -179,6 +171,14 @@ def finished(run: TrainConfig) -> bool:
     """Whether this very run is trained; raises `ConfigError` when its folder holds another one."""
     open_run(run, writes=False)
     return read_result(run.output) is not None
+
+
+def _simulators(config: CompareConfig, run: Run, make: MakeEnv) -> WorkerPool:
+    """As many as training processes; beside GPUs, whose number those go by, one for each core."""
+    workers = max(config.parallel, os.cpu_count() or 1) if torch.cuda.is_available() else config.parallel
+    fresh = make is make_env and any(suite_of(task).fresh for task in config.tasks)
+    env = environment_settings(config, run)
+    return WorkerPool(workers, make, env, slots=1 if fresh else 2, fresh=fresh)
 
 
 def environment_settings(config: CompareConfig, run: Run) -> dict[str, Any]:
@@ -244,22 +244,24 @@ def _measure_errors(config: CompareConfig, run: Run, step: int) -> None:
     write_json(path, {**known, str(step): rows})
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(run: TrainConfig) -> str:
+    return "cuda" if torch.cuda.is_available() and not run.cpu else "cpu"
 
 
 def _policy(run: Run, step: int) -> Any:
     """As it is deployed: on the GPU where there is one."""
     policy = load_student(run.policy(step))
-    return policy.to(_device()) if isinstance(policy, torch.nn.Module) else policy
+    return policy.to(_device(run.train)) if isinstance(policy, torch.nn.Module) else policy
 
 
 def _time_policy(run: Run) -> None:
-    """Median milliseconds of one call with one observation: the cost at inference."""
-    path = run.train.output / ACT_TIME
-    if not path.exists():
+    """Median milliseconds of one call with one observation: the cost at inference, on this kind of device."""
+    path, device = run.train.output / ACT_TIME, _device(run.train)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if known.get("device", "cpu") != device or not known:
         frames = Frames.read(Dataset.open(run.train.dataset), [0], run.train.student.cameras)
-        write_json(path, {"act_ms": act_milliseconds(_policy(run, run.train.steps), frames)})
+        taken = act_milliseconds(_policy(run, run.train.steps), frames)
+        write_json(path, {"act_ms": taken, "device": device})
 
 
 def act_milliseconds(student: Student, frames: Frames, calls: int = ACT_CALLS) -> float:

@@ -8,7 +8,8 @@ replacement, and for each drawn seed the episodes of every task. With a handful 
 too narrow (Hesterberg 2015, Am. Stat. 69:371), so the interval is Student's, with one degree of
 freedom less than there are seeds, and the error is scaled by sqrt(S / (S - 1)). The spread between seeds
 already holds the noise of their episodes, and the second stage adds it again: with few episodes the interval
-is wider than it need be, never narrower (`planning.power` counts with that).
+is wider than it need be (`planning.power` counts with that). Where seeds solve all or nothing, a few may
+agree by chance; what they then show is bounded, see `least_error`.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ def paired_difference(
     by_seed = by_task.mean(1)
     value = float(by_seed.mean())
     error = bootstrap_error(better, worse, counts, bootstraps=bootstraps, seed=seed)
-    error = max(error * sqrt(len(seeds) / (len(seeds) - 1)), least_error(len(seeds), int(counts[0].sum())))
+    error *= sqrt(len(seeds) / (len(seeds) - 1))
+    error = max(error, least_error(value, len(seeds), int(counts[0].sum())))
     low, high, p_value = _student(value, error, len(seeds), confidence)
     within = (better + worse) / counts - by_task**2
     noise = float((within / counts).sum(1).mean() / len(tasks) ** 2)
@@ -280,12 +282,24 @@ def bootstrap_error(
     return float(np.concatenate(means).std())
 
 
-def least_error(seeds: int, episodes: int) -> float:
-    """Standard error of a mean over seeds, whose `episodes` all agree: half an episode may always turn over.
+def least_error(value: float, seeds: int, episodes: int) -> float:
+    """The least standard error that a mean difference over seeds may have, however well they agree.
 
-    Without it, arms that solve everything and nothing would show less than arms that all but do.
+    Each seed may be off by half an episode, and the p-value stays at or above 2 * 4^-S: that
+    of treated policies which all solve everything beside controls which solve nothing, where each would do
+    either with probability 1/2.
     """
+    return max(half_episode(seeds, episodes), abs(value) / float(stats.t.isf(by_chance(seeds), seeds - 1)))
+
+
+def half_episode(seeds: int, episodes: int) -> float:
+    """Standard error of a mean over seeds of which each may be off by half an episode."""
     return 0.5 / episodes / sqrt(seeds)
+
+
+def by_chance(seeds: int) -> float:
+    """Probability that all seeds agree on one side by chance; see `least_error`."""
+    return 4.0**-seeds
 
 
 def _student(value: float, error: float, seeds: int, confidence: float) -> tuple[float, float, float]:
@@ -321,15 +335,18 @@ def verdict_of(gain: float, p_value: float) -> str:
 
 
 def spread(arm: SeedOutcomes, confidence: float = 0.95) -> Spread:
-    """How an arm's success varies over its training seeds; one seed has no interval (it is [0, 1])."""
+    """How an arm's success varies over its training seeds; one seed has no interval (it is [0, 1]).
+
+    Where all seeds agree it is narrow, and says nothing of seeds that may turn out unlike them.
+    """
     values = np.array([macro_success(found) for found in arm.values()])
     if not len(values):
         raise DataError("no training seed has been evaluated.")
     mean, low, high, sd = float(values.mean()), 0.0, 1.0, 0.0
     if len(values) > 1:
         sd = float(values.std(ddof=1))
-        floor = least_error(len(values), min(map(len, arm.values()))) * sqrt(len(values))
-        reach = mean_reach(max(sd, floor), len(values), confidence)
+        least = half_episode(len(values), min(map(len, arm.values()))) * sqrt(len(values))
+        reach = mean_reach(max(sd, least), len(values), confidence)
         low, high = max(0.0, mean - reach), min(1.0, mean + reach)
     return Spread(mean, low, high, sd, float(values.min()), float(values.max()), len(values))
 

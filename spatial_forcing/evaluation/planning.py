@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from spatial_forcing.errors import ConfigError, DataError
+from spatial_forcing.evaluation.paired import by_chance, half_episode
 
 MOST_SEEDS = 1000
 """More seeds than this are reported as out of reach."""
@@ -44,15 +45,13 @@ def power(
         episode_sd: standard deviation of one episode's paired difference (treated minus control).
         alpha: two-sided level, after any correction.
     """
-    if seeds < 2:
+    if seeds < 2 or 2 * by_chance(seeds) > alpha:
         return 0.0
     noise = episode_sd**2 / episodes
-    variance = seed_sd**2 + noise  # of one seed's observed difference
-    if variance == 0:
-        return 1.0 if effect else alpha
+    variance = max(seed_sd**2 + noise, 1e-12)  # of one seed's observed difference
     # What the variance between the seeds may turn out to be, and the reach of the interval that it gives.
     likely = stats.chi2.ppf((np.arange(DRAWS) + 0.5) / DRAWS, seeds - 1) / (seeds - 1)
-    error = np.sqrt(variance * likely / seeds + noise / (seeds - 1))
+    error = np.sqrt(variance * likely / seeds + noise / (seeds - 1)).clip(min=half_episode(seeds, episodes))
     reach = stats.t.ppf(1 - alpha / 2, seeds - 1) * error
     true = sqrt(variance / seeds)
     found = stats.norm.sf((reach - effect) / true) + stats.norm.cdf((-reach - effect) / true)

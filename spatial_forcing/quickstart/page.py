@@ -22,6 +22,7 @@ from spatial_forcing.protocols import Teacher
 from spatial_forcing.quickstart.config import ARMS, BLIND, CONTROL, FORCED, QuickstartConfig
 from spatial_forcing.quickstart.config import TEACHER as QUICKSTART_TEACHER
 from spatial_forcing.students import load_student
+from spatial_forcing.students.base import POLICY
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.training import TrainConfig, read_metrics
 from spatial_forcing.training.checkpoint import checkpoint_name
@@ -46,7 +47,7 @@ class Evaluated:
 
 def policy_at(arm: TrainConfig, step: int) -> Path:
     """The policy of a run after `step` steps. Raises `CheckpointError` when it is not there."""
-    folder = arm.output / CHECKPOINTS / checkpoint_name(step) / "policy"
+    folder = arm.output / CHECKPOINTS / checkpoint_name(step) / POLICY
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist; delete {arm.output} and run again.")
     return folder

@@ -21,7 +21,7 @@ from spatial_forcing.protocols import Student
 from spatial_forcing.serving.codec import plain
 from spatial_forcing.serving.request import Request, Signature
 from spatial_forcing.students import load_student
-from spatial_forcing.students.base import CONFIG_FILE, WEIGHTS_FILE, read_config
+from spatial_forcing.students.base import CONFIG_FILE, POLICY, WEIGHTS_FILE, read_config
 from spatial_forcing.students.normalize import Normalizer
 
 CARD = "README.md"
@@ -146,7 +146,7 @@ def load_policy(
 def policy_folder(folder: Path) -> Path:
     """`folder`, or the `policy` folder of a run. Raises `CheckpointError` when neither holds a policy."""
     # A run has a config.json of its own, so its policy is looked for first.
-    for candidate in (folder / "policy", folder):
+    for candidate in (folder / POLICY, folder):
         if (candidate / CONFIG_FILE).is_file():
             return candidate
     raise CheckpointError(

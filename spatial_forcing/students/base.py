@@ -36,7 +36,7 @@ __all__ = [
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 POLICY = "policy"
-"""Folder of the policy in that of a finished training run."""
+"""Folder of the policy in that of a finished training run, and in a checkpoint."""
 
 OTHERS = "spatial_forcing.students"
 """Group of entry points by which other distributions load their own checkpoints: the name is a key that the

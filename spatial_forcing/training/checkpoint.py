@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from spatial_forcing.errors import CheckpointError
+from spatial_forcing.students.base import POLICY
 
 FORMAT = 1
 MANIFEST, STATE, OPTIMIZER, PROJECTOR = "manifest.json", "state.json", "optimizer.pt", "projector.safetensors"
@@ -43,7 +44,7 @@ class Checkpoint:
     @property
     def policy(self) -> Path:
         """Folder of the student, for `load_student`."""
-        return self.folder / "policy"
+        return self.folder / POLICY
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from spatial_forcing.forcing import SpatialForcing
 from spatial_forcing.forcing.sharding import whole
 from spatial_forcing.protocols import Batch
 from spatial_forcing.storage import replace_file, require_disk
-from spatial_forcing.students.base import restore_student
+from spatial_forcing.students.base import POLICY, restore_student
 from spatial_forcing.training import checkpoint as files
 from spatial_forcing.training.checkpoint import Checkpoint, TrainState
 from spatial_forcing.training.config import TrainConfig
@@ -46,7 +46,6 @@ from spatial_forcing.training.progress import TrainingProgress
 from spatial_forcing.training.run import (
     CHECKPOINTS,
     METRICS,
-    POLICY,
     RunResult,
     export_policy,
     open_run,
@@ -319,7 +318,7 @@ class Trainer:
     def _write_shared(
         self, folder: Path, policy: Any, beside: Mapping[str, Tensor], moments: Mapping[str, Any]
     ) -> None:
-        policy.save_pretrained(folder / "policy")
+        policy.save_pretrained(folder / POLICY)
         if beside:
             content = {name: value.detach().contiguous().cpu() for name, value in beside.items()}
             replace_file(folder / files.PROJECTOR, lambda path: save_file(content, path))

@@ -28,6 +28,7 @@ import torch
 
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.storage import write_json
+from spatial_forcing.students.base import POLICY
 from spatial_forcing.training.config import TrainConfig, changed_settings
 
 PACKAGES = (
@@ -35,7 +36,7 @@ PACKAGES = (
     "gymnasium", "metaworld", "mujoco",
 )  # fmt: skip
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.json", "environment.json", "metrics.jsonl", "result.json"
-CHECKPOINTS, POLICY, DIFF = "checkpoints", "policy", "git.diff"
+CHECKPOINTS, DIFF = "checkpoints", "git.diff"
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,13 @@ def test_audits_are_means_over_seeds_and_training_by_place():
     assert [row[3].text for row in section.tables[0].rows] == ["+0.250", "+0.250", "-0.150", "-0.150"]
 
 
+def test_blocks_stand_in_the_order_of_their_numbers():
+    places = ("block10", "input", "block2", "all", "block1")
+    line = {"step": 0} | {f"audit/{kind}/{p}": 0.1 for kind in ("cosine", "ratio") for p in places}
+    rows = audit_rows([AuditRecord("sf", 1.0, [line])])
+    assert [row.place for row in rows] == ["all", "block1", "block2", "block10", "input"]
+
+
 def test_without_an_audit_nothing_is_said():
     rows = audit_rows([AuditRecord("alpha0", 1.0, [{"step": 0, "loss": 1.0}])])
     assert rows == ()

@@ -14,6 +14,7 @@ from spatial_forcing.envs import make_env
 from spatial_forcing.envs.metaworld_tasks import INSTRUCTIONS
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.storage import write_json
+from spatial_forcing.training.run import open_run
 from tests.analysis.rooms import write_rooms
 from tests.comparison.test_compare_run import settings
 
@@ -44,6 +45,10 @@ def nothing_is_trained(monkeypatch):
         ({"arms": ("alpha0", "sf forcing.alhpa=2")}, r"arm 'sf(alhpa=2)' with preset 'nano-metaworld': "),
         ({"set": (), "tasks": ()}, "preset 'nano-metaworld' wants the cameras ['corner2', 'gripperPOV']"),
         ({"preset": "nano"}, "unknown preset 'nano'"),
+        (
+            {"preset": "openvla-oft-tiny-libero", "set": (), "arms": ("alpha0", "fusion")},
+            "the arm 'fusion' feeds teacher features to the nano student",
+        ),
     ],
 )
 def test_what_would_fail_later_fails_before_and_leaves_the_folder_free(rooms, tmp_path, changes, said):
@@ -78,12 +83,36 @@ def test_the_evaluation_may_change_until_an_episode_was_run(rooms, tmp_path):
         check_folder(other)
 
 
-def test_the_2d_teacher_may_be_chosen_until_an_arm_has_used_it(rooms, tmp_path):
-    started(settings(rooms, tmp_path, arms=("alpha0", "sf")))
-    flat = ("alpha0", "sf", "2d")
-    check_folder(started(settings(rooms, tmp_path, arms=flat, image_teacher="mine")))
-    with pytest.raises(ConfigError, match="image_teacher: 'mine' there, 'another' asked for"):
-        check_folder(settings(rooms, tmp_path, arms=flat, image_teacher="another"))
+def test_runs_of_another_2d_teacher_are_refused_and_the_folder_keeps_its_settings(
+    rooms, tmp_path, monkeypatch
+):
+    common = {"tasks": (), "held_out": 0.25, "checkpoints": 1, "seeds": (0, 1)}
+    flat = ("alpha0", "2d")
+    mine = started(settings(rooms, tmp_path, arms=flat, image_teacher="random:vggt-nano", **common))
+    for run in module.prepare(mine, Dataset.open(rooms)):
+        run.train.output.mkdir(parents=True)
+        open_run(run.train)
+    narrowed = started(settings(rooms, tmp_path, arms=("alpha0",), **common))
+    wrong = settings(rooms, tmp_path, arms=flat, image_teacher="vggt-nano", **common)
+    with pytest.raises(ConfigError, match="2d-seed0 holds a run with another configuration"):
+        compare(wrong, QUIET, make_env)
+    assert json.loads((tmp_path / CONFIG).read_text()) == narrowed.to_plain()
+    with pytest.raises(AssertionError, match="training would start"):
+        compare(mine, QUIET, make_env)
+
+
+def test_a_held_out_error_needs_no_chunk_of_executed_actions(rooms, tmp_path):
+    config = settings(rooms, tmp_path, arms=("alpha0", "sf"), tasks=(), held_out=0.25, execute=9)
+    with pytest.raises(AssertionError, match="training would start"):
+        compare(config, QUIET, make_env)
+
+
+def test_the_teacher_is_the_presets_unless_another_is_named(rooms, tmp_path):
+    aloha = settings(rooms, tmp_path, preset="pi0-aloha", set=())
+    assert aloha.target == "facebook/VGGT-1B"
+    assert aloha.to_plain()["teacher"] == "facebook/VGGT-1B"
+    assert settings(rooms, tmp_path).target == "vggt-nano"
+    assert settings(rooms, tmp_path, teacher="random:vggt-nano").target == "random:vggt-nano"
 
 
 def test_tasks_that_nothing_was_trained_for_are_named(rooms, tmp_path):
