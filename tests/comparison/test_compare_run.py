@@ -156,7 +156,7 @@ def test_without_a_simulator_arms_are_compared_on_held_out_demonstrations(
     assert not (config.output / "comparison.csv").exists()
     page = write_page(config, found).read_text()
     assert "Held-out error against the controls" in page
-    assert "30 % of them held out" in page
+    assert "30 % of the demonstrations held out" in page
 
     trained.clear()
     monkeypatch.setattr(module, "open_loop_errors", no_environment)
