@@ -53,7 +53,7 @@ def suggest_layer(metrics: Sequence[ProbeMetrics], name: str, blocks: int) -> La
     error = f"{mine[worst].abs_rel_error:.4f}"
     if len(candidates) == 1:
         reason = (
-            f"it is the only probed layer with a block below and one above it ({blocks} blocks; AbsRel "
+            f"it is the only probed layer that can be aligned (after {layer} of {blocks} blocks; AbsRel "
             f"{gaps[layer]:+.4f} against {compared}): probe more layers to choose among them"
         )
     elif len(tied) == 1:

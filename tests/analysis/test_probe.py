@@ -253,6 +253,7 @@ def test_a_probe_of_other_layers_or_heads_is_kept_without_a_suggestion_that_it_c
     only = suggest_layer([metric(0, 0.2), metric(2, 0.3)], "s", 4)
     assert only.layer == 2
     assert "only probed layer" in only.reason
+    assert "after 4 of 4 blocks" in suggest_layer([metric(4, 0.3)], "s", 4).reason  # nothing lies above it
     dense = [metric(k, 0.2 + 0.1 * (k == 1), head="dpt") for k in range(4)]
     assert suggest_layer(dense, "s", 4).layer == 1
     both = [*dense, *(metric(k, 0.2 + 0.1 * (k == 2)) for k in range(4))]
