@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 
+# One thread, here and in every process that a test starts: results that are compared bit for bit depend on
+# the number of threads, and workers that share two cores only wait for each other. Before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
-# Two cores are shared by worker processes in several tests; more threads than cores only wait for each other.
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -56,7 +56,6 @@ def outcome(forcing, metrics):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     results = {}
     for name, (settings, steps) in SCENARIOS.items():

@@ -152,7 +152,6 @@ def frozen_blocks(wrap, rank):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     results = {}
     share = rows(whole_batch(), 4 * rank, 4 * rank + 4)

@@ -32,7 +32,7 @@ PROGRAM = (
 def process(checkpoint):
     """The server and its port."""
     command = [sys.executable, "-c", PROGRAM, str(checkpoint), "--port", "0"]
-    environment = os.environ | {"SPATIAL_FORCING_API_KEY": "key", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"SPATIAL_FORCING_API_KEY": "key"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -26,7 +26,7 @@ def launched(*arguments):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         fake_run.__file__, *map(str, arguments),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
     return done.returncode, done.stderr[-3000:]
 
