@@ -58,6 +58,7 @@ class Demonstrations(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __init__(self, root: Path) -> None:
         self.data = Dataset.open(root)
+        self.statistics = self.data.statistics()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -74,7 +75,7 @@ class Demonstrations(torch.utils.data.Dataset[dict[str, Tensor]]):
     def _words(self, key: str, index: int) -> Tensor:
         """Each number as the bin of its range in which it lies."""
         values = self.data.state if key == "observation.state" else self.data.action
-        low, high = self.data.stats[key]["min"], self.data.stats[key]["max"]
+        low, high = (self.statistics[key][bound] for bound in ("min", "max"))
         share = (values[index] - low) / (high - low).clip(1e-6)
         return FIRST_BIN + torch.from_numpy(share * (BINS - 1)).round().long()
 

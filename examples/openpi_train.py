@@ -91,7 +91,7 @@ def from_checkpoint(arguments: argparse.Namespace, dataset: Dataset) -> Setup:
         widths = {"width": WIDTH, "mlp": 128, "head_dim": 16, "expert_width": EXPERT, "expert_mlp": 64}
         vision = {"vision_width": VISION, "vision_depth": 2, "vision_heads": 4, "vision_mlp": 48}
         size = Pi0Size(**widths, **vision, depth=DEPTH, image_size=56, vocab=512)
-        tokenizer = small_tokenizer(arguments.output / "tokenizer", dataset.tasks)
+        tokenizer = small_tokenizer(arguments.output / "tokenizer", dataset.tasks.values())
         random = Pi0(Pi0Config(cameras=("front",), tokenizer="hashed", size=size), seed=arguments.seed)
         random.save_pretrained(arguments.output / "base")
         checkpoint = arguments.output / "base" / "model.safetensors"
@@ -111,7 +111,7 @@ def from_checkpoint(arguments: argparse.Namespace, dataset: Dataset) -> Setup:
         unchanged = keys(folder / "model.safetensors") == keys(checkpoint)
         print(f"exported weights in openpi's layout to {folder}, keys unchanged: {unchanged}")
 
-    student = Pi0.create(config, dataset.stats, seed=arguments.seed)
+    student = Pi0.create(config, dataset.statistics(), seed=arguments.seed)
     return Setup(student, size.depth, endless(loader(dataset, arguments)), save)
 
 
@@ -245,8 +245,10 @@ def observations_of(arguments: argparse.Namespace, dataset: Dataset) -> Iterator
     from openpi.models_pytorch.preprocessing_pytorch import IMAGE_KEYS
     from openpi.shared.image_tools import resize_with_pad_torch
 
+    statistics = dataset.statistics()
+
     def numbers(batch: Any, key: str) -> torch.Tensor:
-        stats = dataset.stats[key]
+        stats = statistics[key]
         values = (batch[key] - torch.tensor(stats["mean"])) / (torch.tensor(stats["std"]) + 1e-6)
         return nn.functional.pad(values.float(), (0, PADDED - values.shape[-1]))
 

@@ -72,7 +72,7 @@ def train(arguments: argparse.Namespace) -> Path:
     dataset = open_dataset(arguments)
     sizes = {"state_dim": dataset.state.shape[1], "action_dim": dataset.action.shape[1]}
     config = NanoConfig(cameras=dataset.cameras, image_size=64, width=64, **sizes)
-    student = NanoVLA.create(config, dataset.stats, seed=arguments.seed)
+    student = NanoVLA.create(config, dataset.statistics(), seed=arguments.seed)
     batches = BatchLoader(
         dataset, cameras=config.cameras, chunk=config.chunk, batch_size=8, seed=arguments.seed, progress=False
     )

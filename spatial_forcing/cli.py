@@ -7,6 +7,7 @@ called, so that `--help` answers at once. Options come from the function's signa
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from spatial_forcing.registry import unknown
 
 INTERRUPTED = 130
 USER_ERROR = 2
+PIPE_CLOSED = 141
+"""128 + SIGPIPE, what a shell reports for a program that a closed pipe has ended."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ COMMANDS: Commands = {
     ),
     "data": {
         "record": Command("data:record", "record demonstrations of scripted experts into a LeRobot dataset"),
-        "check": Command("data:check", "find damaged files, NaN, wrong shapes and missing cameras"),
+        "check": Command("data:check", "find damaged files, NaN, wrong shapes, videos and statistics"),
+        "stats": Command("data:stats", "write a dataset's statistics anew"),
         "info": Command("data:info", "print what a dataset holds"),
         "convert": Command("data:convert", "convert another format into a LeRobot dataset", raw=True),
     },
@@ -142,7 +146,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: user errors exit with 2 and one message, Ctrl-C with 130."""
+    """Entry point: user errors exit with 2 and one message, Ctrl-C with 130, a closed pipe with 141."""
     arguments = sys.argv[1:] if arguments is None else arguments
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
@@ -154,6 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors.print("[bold red]error:[/]", end=" ")
         errors.print(str(error), markup=False)
         sys.exit(USER_ERROR)
+    except BrokenPipeError:
+        # The reader (`head`, `less`) has enough. Python would raise again when it flushes stdout at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(PIPE_CLOSED)
     except KeyboardInterrupt:
         errors.print("interrupted; run the same command again to go on where it stopped.")
         sys.exit(INTERRUPTED)

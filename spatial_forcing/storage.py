@@ -21,6 +21,18 @@ SPARE_BYTES = 64 * 2**20
 """Disk space that must stay free."""
 
 
+def user_cache_folder() -> Path:
+    """Folder of what can be made again: `spatial-forcing` in the user's cache folder (XDG)."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "spatial-forcing"
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, or in the nearest parent that exists."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a file beside `path`, flush it to disk and rename: a reader never sees half a file.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ from spatial_forcing.analysis.report_data import ReportData
 from spatial_forcing.analysis.representation import load_projector
 from spatial_forcing.analysis.run_page import audit_section, represent, representation_section
 from spatial_forcing.commands.train import read_config
-from spatial_forcing.data import Dataset
 from spatial_forcing.errors import CheckpointError
 from spatial_forcing.forcing.config import resolve_pairs
 from spatial_forcing.storage import write_json
@@ -23,6 +22,7 @@ from spatial_forcing.students import load_student
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.training import TrainConfig, read_metrics
 from spatial_forcing.training.checkpoint import latest_checkpoint
+from spatial_forcing.training.parts import open_dataset
 from spatial_forcing.training.run import CHECKPOINTS
 
 
@@ -60,7 +60,7 @@ def analyse(options: tyro.conf.OmitArgPrefixes[AnalyseOptions]) -> None:
     student = load_student(checkpoint.policy)
     named = options.teacher or (config.teacher or "vggt-nano").removeprefix("shuffled:")
     teacher = load_teacher(named)
-    dataset = Dataset.open(options.dataset or config.dataset)
+    dataset = open_dataset(replace(config, dataset=options.dataset or config.dataset))
     index = np.unique(np.linspace(0, len(dataset) - 1, options.frames).astype(int)).tolist()
     frames = Frames.read(dataset, index, student_cameras(student, dataset))
     layer = resolve_pairs(config.forcing.pairs, len(student.blocks), teacher.depth)[0][0]

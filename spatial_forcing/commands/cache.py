@@ -12,6 +12,7 @@ from rich.console import Console
 
 from spatial_forcing.data import Dataset
 from spatial_forcing.data.augment import Augment
+from spatial_forcing.data.info import parse_keys
 from spatial_forcing.errors import DataError
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import cache_info, prune_cache, verify_cache
@@ -30,6 +31,7 @@ class BuildOptions:
     Attributes:
         dataset: LeRobot v3.0 dataset.
         output: folder of the cache.
+        keys: `NAME=FEATURE` where the dataset calls a feature otherwise.
         teacher: a registered name, a local checkpoint, or a hub id.
         cameras: ordered; default all of the dataset's.
         layers: of the teacher, negative from the end.
@@ -51,6 +53,7 @@ class BuildOptions:
 
     dataset: Path
     output: Path
+    keys: tuple[str, ...] = ()
     teacher: str = "vggt-nano"
     cameras: tuple[str, ...] | None = None
     layers: tuple[int, ...] = (-1,)
@@ -70,7 +73,7 @@ class BuildOptions:
 
 def build(options: tyro.conf.OmitArgPrefixes[BuildOptions]) -> None:
     """Encode a dataset once, so that training needs no teacher; the same command resumes or extends."""
-    dataset = Dataset.open(options.dataset)
+    dataset = Dataset.open(options.dataset, keys=parse_keys(options.keys))
     state = PartialState(cpu=options.device == "cpu")
     teacher = load_teacher(
         options.teacher,

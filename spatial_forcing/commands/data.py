@@ -1,4 +1,4 @@
-"""`spatial-forcing data record | check | info | convert`."""
+"""`spatial-forcing data record | check | stats | info | convert`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from spatial_forcing.data import Dataset
 from spatial_forcing.data.check import check as find_problems
 from spatial_forcing.data.convert import CONVERTERS, load_converter
 from spatial_forcing.data.convert.run import convert as run_conversion
+from spatial_forcing.data.info import STATS_FILE, parse_keys
+from spatial_forcing.data.recompute import recompute_stats
 from spatial_forcing.data.record import RecordConfig
 from spatial_forcing.data.record import record as record_demonstrations
 from spatial_forcing.errors import ConfigError, DataError
@@ -28,20 +30,32 @@ def record(config: tyro.conf.OmitArgPrefixes[RecordConfig]) -> None:
     Console().print(f"{len(dataset.episodes)} episodes, {len(dataset)} frames in {root}")
 
 
-def check(root: Root, decode: bool = True) -> None:
-    """Find damaged files, NaN, wrong shapes, missing cameras and bad timestamps, by episode.
+def check(root: Root, decode: bool = True, keys: tuple[str, ...] = ()) -> None:
+    """Find damaged files, NaN, wrong shapes, tables and videos that disagree, wrong statistics, by episode.
 
     Args:
         root: folder of the dataset.
         decode: also decode every frame; without it only the tables are read.
+        keys: `NAME=FEATURE` where the dataset calls a feature otherwise, e.g. `action=actions`.
     """
-    console = Console(soft_wrap=True)
-    problems = find_problems(root, decode=decode)
-    for problem in problems:
+    console = Console(soft_wrap=True, highlight=False)
+    found = find_problems(root, decode=decode, keys=parse_keys(keys))
+    for problem in found:
         console.print(str(problem), markup=False)
-    if problems:
+    if problems := [problem for problem in found if not problem.note]:
         raise DataError(f"{root} has {len(problems)} problems, listed above.")
     console.print(f"{root}: no problem found.")
+
+
+def stats(root: Root) -> None:
+    """Write `meta/stats.json` anew, from the rows of all episodes and the images' statistics of each.
+
+    Args:
+        root: folder of the dataset.
+    """
+    changed = recompute_stats(root)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{root / STATS_FILE}: {', '.join(changed) or 'nothing'} changed.")
 
 
 def info(root: Root) -> None:
@@ -57,6 +71,7 @@ def info(root: Root) -> None:
     table.add_row("state, action", f"{dataset.state.shape[1]}, {dataset.action.shape[1]} numbers")
     table.add_row("frames", f"{len(dataset)} at {dataset.fps} Hz in {len(dataset.episodes)} episodes")
     counts: dict[str, int] = {}
+
     for episode in dataset.episodes:
         counts[episode.task] = counts.get(episode.task, 0) + 1
     for task, count in counts.items():

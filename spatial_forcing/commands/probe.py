@@ -21,6 +21,7 @@ from spatial_forcing.analysis.probe_page import metrics_csv, probe_page
 from spatial_forcing.analysis.readout import Head
 from spatial_forcing.analysis.report import write_report
 from spatial_forcing.data import Dataset
+from spatial_forcing.data.info import parse_keys
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.protocols import Student
 from spatial_forcing.storage import write_json
@@ -36,6 +37,7 @@ class ProbeOptions:
     Attributes:
         policies: folders of saved policies.
         dataset: LeRobot v3.0 dataset with depth (`data record --depth`).
+        keys: `NAME=FEATURE` where the dataset calls a feature otherwise.
         layers: decoder blocks before the tap; default all.
         teacher: whose features are the ceiling; "none" leaves it out.
         heads: readouts: `linear`, and `dpt`, which also uses neighbouring tokens and takes minutes.
@@ -48,6 +50,7 @@ class ProbeOptions:
 
     policies: tuple[Path, ...]
     dataset: Path
+    keys: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     teacher: str = "vggt-nano"
     heads: tuple[Head, ...] = ("linear",)
@@ -74,7 +77,7 @@ def probe(options: tyro.conf.OmitArgPrefixes[ProbeOptions]) -> None:
 
         result = probe_depth(
             students,
-            Dataset.open(options.dataset),
+            Dataset.open(options.dataset, keys=parse_keys(options.keys)),
             layers=options.layers or range(depth + 1),
             floors=_floors(students) if options.random_floor else None,
             teacher=None if options.teacher == "none" else load_teacher(options.teacher),

@@ -35,6 +35,7 @@ class ServeOptions:
         api_key_file: file with the key that clients must send; the variable SPATIAL_FORCING_API_KEY
             works as well. A key on the command line would show in the process list.
         camera_map: names under which clients send cameras, e.g. `image front wrist_image wrist`.
+        statistics: the dataset whose statistics the policy uses, where its checkpoint holds those of several.
         prompt: instruction of requests that bring none.
         image_shape: refuse images of another height and width.
         device: where the policy runs, e.g. cuda.
@@ -50,6 +51,7 @@ class ServeOptions:
     port: int = 8000
     api_key_file: Path | None = None
     camera_map: Mapping[str, str] = field(default_factory=dict)
+    statistics: str | None = None
     prompt: str | None = None
     image_shape: tuple[int, int] | None = None
     device: str = "cpu"
@@ -77,6 +79,7 @@ def serve(options: tyro.conf.OmitArgPrefixes[ServeOptions]) -> None:
     )
     policy = load_policy(
         options.checkpoint,
+        statistics=options.statistics,
         image_shape=options.image_shape,
         default_prompt=options.prompt,
         aliases=options.camera_map,

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.students import LoraStudent, load_student
-from spatial_forcing.students.base import POLICY
+from spatial_forcing.students.base import POLICY, read_json
 from spatial_forcing.students.base import read_config as read_student_config
 from spatial_forcing.students.lora import MODEL_TYPE as LORA
 from spatial_forcing.students.parity import merge_checked
@@ -84,30 +84,44 @@ class ExportOptions:
     """Where the policy is and where it goes.
 
     Attributes:
-        source: a run directory, or one of its checkpoints.
+        source: a run directory, one of its checkpoints, or a policy's own folder.
         output: folder to write the policy to, in its base's own layout.
         form: of a run with LoRA: "merged" adds the adapters to the weights, once, in float32, on the CPU, and
             checks that the actions stay; "adapter" writes the adapters alone, to be run on their base.
         base: where the base of the adapters is now, if it has moved.
+        statistics: the dataset whose statistics are written, where a checkpoint holds those of several.
     """
 
     source: Path
     output: Path
     form: Literal["merged", "adapter"] = "merged"
     base: Path | None = None
+    statistics: str | None = None
+
+
+def _policy_of(source: Path) -> Path:
+    if (source / POLICY / CONFIG).exists():
+        return source / POLICY
+    if (source / CONFIG).exists() and "model_type" in read_json(source):  # a run's says nothing of a model
+        return source
+    raise CheckpointError(
+        f"{source} holds no policy; give a finished run, one of its checkpoints/step-* folders, or a policy."
+    )
 
 
 def export(options: tyro.conf.OmitArgPrefixes[ExportOptions]) -> None:
     """Write the bare policy of a run: the base's keys and config, no teacher, no projector."""
-    folder = options.source / POLICY
-    if not (folder / CONFIG).exists():
-        raise CheckpointError(
-            f"{folder} holds no policy; give a finished run, or one of its checkpoints/step-* folders."
-        )
+    folder = _policy_of(options.source)
     if options.output.exists():
         raise ConfigError(f"{options.output} exists; export to a new folder, nothing is overwritten.")
     lora = read_student_config(folder)["model_type"] == LORA
-    student: Any = LoraStudent.from_pretrained(folder, base=options.base) if lora else load_student(folder)
+    if lora and options.statistics is not None:
+        raise ConfigError(f"--statistics: the adapters in {folder} have their own only; leave it out.")
+    student: Any = (
+        LoraStudent.from_pretrained(folder, base=options.base)
+        if lora
+        else load_student(folder, statistics=options.statistics)
+    )
     if lora and options.form == "merged":
         student, parity = merge_checked(student)
         Console().print(str(parity))

@@ -17,7 +17,7 @@ from spatial_forcing.training.fields import differences
 
 CONFIG, EPISODES = "compare.json", "episodes.jsonl"
 GROWING = frozenset(
-    {"arms", "seeds", "fractions", "controls", "parallel", "output", "threshold", "image_teacher"}
+    {"arms", "seeds", "fractions", "controls", "parallel", "output", "threshold", "image_teacher", "store"}
 )
 """Settings that an existing comparison may change: they add runs or read them anew, and alter none. A run of
 another 2D teacher is refused by its own folder."""
@@ -82,7 +82,7 @@ def check_runs(config: CompareConfig, dataset: Dataset, runs: list[TrainConfig],
 
 def untrained_tasks(config: CompareConfig, dataset: Dataset) -> list[str]:
     """A remark where tasks are evaluated that no demonstration shows; only Meta-World's are known by name."""
-    shown = set(dataset.tasks)
+    shown = set(dataset.tasks.values())
     foreign = [task for task in config.tasks if task in INSTRUCTIONS and INSTRUCTIONS[task] not in shown]
     if not foreign:
         return []

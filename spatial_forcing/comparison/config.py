@@ -29,6 +29,8 @@ class CompareConfig:
 
     Attributes:
         dataset: demonstrations, a LeRobot v3.0 dataset.
+        keys: `NAME=FEATURE` where the dataset calls a feature otherwise, e.g. `action=actions`.
+        store: folder of the decoded frames; none: beside the dataset.
         output: folder of everything that is made; the same command resumes there.
         arms: `[label=]name [setting=value ...]` each: alpha0, sf, standardised, centred, multi, independent,
             gated, 2d, shuffled, random, blind or fusion, with any settings of the preset changed.
@@ -42,8 +44,8 @@ class CompareConfig:
         tasks: environments of the evaluation, or suites of them; empty: no simulator, `held_out` alone. A
             finished comparison without them may be given some, and then evaluates the policies that it has.
         held_out: share of each task's demonstrations that no run trains on; the error of the predicted
-            actions there is reported too (see `evaluation.open_loop`), with or without a simulator. Actions
-            and states are still scaled by the statistics of the whole dataset.
+            actions there is reported too (see `evaluation.open_loop`), with or without a simulator. Nothing
+            of them enters a run: actions and states are scaled by the statistics of the others.
         episodes: evaluation episodes of each task, the same for every run.
         first_episode: seed of the first of them. Choose others to confirm what a search has found.
         execute: actions of a chunk that are carried out before the policy is asked again.
@@ -59,6 +61,8 @@ class CompareConfig:
 
     dataset: Path
     output: Path
+    keys: tuple[str, ...] = ()
+    store: Path | None = None
     arms: tuple[str, ...] = ("alpha0", "sf")
     controls: tuple[str, ...] = ("alpha0",)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -180,6 +184,8 @@ def train_config(
     steps = int(cell.arm.overrides.get("steps", config.steps or shared.get("steps", base.steps)))
     overrides: dict[str, Any] = {
         "progress": False,
+        "keys": config.keys,
+        "store": config.store,
         "optim.warmup_steps": min(base.optim.warmup_steps, steps // 4),
         **shared,
         "steps": steps,

@@ -45,7 +45,7 @@ from spatial_forcing.teachers.cache_source import dataset_source
 from spatial_forcing.training import TrainConfig, read_metrics
 from spatial_forcing.training.arms import train_arms
 from spatial_forcing.training.checkpoint import checkpoint_name
-from spatial_forcing.training.parts import hold_out
+from spatial_forcing.training.parts import hold_out, open_dataset, select_episodes
 from spatial_forcing.training.run import CHECKPOINTS, open_run, read_result
 
 RESULT = "comparison.json"
@@ -88,7 +88,7 @@ def compare(config: CompareConfig, console: Console | None = None, make: MakeEnv
     """
     console = console or Console()
     check_folder(config)
-    dataset = Dataset.open(config.dataset)
+    dataset = open_dataset(config)
     runs = prepare(config, dataset, make)
     for run in runs:
         finished(run.train)  # refuses a folder that holds another run
@@ -155,7 +155,8 @@ def _initial(config: CompareConfig, cell: Cell, draft: TrainConfig, dataset: Dat
     folder = config.output / "initial" / cell.name
     if not (folder / "config.json").exists():
         assert isinstance(draft.student, NanoConfig)  # see check_runs
-        student = FusionVLA.create(draft.student, dataset.stats, seed=cell.seed, teacher=config.target)
+        statistics = dataset.statistics(select_episodes(dataset, draft))
+        student = FusionVLA.create(draft.student, statistics, seed=cell.seed, teacher=config.target)
         student.save_pretrained(folder)
     return folder
 
@@ -232,7 +233,7 @@ def _measure_errors(config: CompareConfig, run: Run, step: int) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
     if str(step) in known:
         return
-    dataset = Dataset.open(config.dataset)
+    dataset = open_dataset(config)
     found = open_loop_errors(
         _policy(run, step),
         dataset,
@@ -259,7 +260,7 @@ def _time_policy(run: Run) -> None:
     path, device = run.train.output / ACT_TIME, _device(run.train)
     known = json.loads(path.read_text()) if path.exists() else {}
     if known.get("device", "cpu") != device or not known:
-        frames = Frames.read(Dataset.open(run.train.dataset), [0], run.train.student.cameras)
+        frames = Frames.read(open_dataset(run.train), [0], run.train.student.cameras)
         taken = act_milliseconds(_policy(run, run.train.steps), frames)
         write_json(path, {"act_ms": taken, "device": device})
 

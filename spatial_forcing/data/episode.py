@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from spatial_forcing.data.images import depth_to_millimetres, encode_png
 from spatial_forcing.data.info import ACTION, STATE, DatasetInfo, extrinsic_key
 from spatial_forcing.data.stats import (
-    SAMPLED_SIDE,
     Stats,
     image_stats,
     sampled_indices,
+    thumbnail,
     vector_stats,
 )
 from spatial_forcing.data.video import VideoEncoder
@@ -107,8 +107,7 @@ class EpisodeEncoder:
         return EncodedEpisode(self._tasks, {**columns, **self._images}, videos, stats)
 
     def _encode(self, key: str, image: NDArray[Any]) -> None:
-        stride = max(1, min(image.shape[:2]) // SAMPLED_SIDE)
-        self._thumbnails[key].append(image[::stride, ::stride].copy())
+        self._thumbnails[key].append(thumbnail(image).copy())
         if not self._info.is_video(key):
             self._images.setdefault(key, []).append(encode_png(image))
             return

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from spatial_forcing.data.info import DEPTH_UNITS_PER_METRE
+from spatial_forcing.errors import DataError
 
 PNG_LEVEL = 1
 """zlib level: a third of the default's time for files 5 to 15 % larger (rendered 128 px frames)."""
@@ -26,9 +27,22 @@ def encode_png(image: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
+DEEP = ("I", "I;16", "I;16B", "I;16L", "F")
+"""Pillow's modes of more than 8 bits, which it clips when it converts them."""
+
+
 def decode_colour(data: bytes) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 from any format Pillow reads."""
+    """(H, W, 3) uint8 from any format Pillow reads: grey in all three channels, without transparency.
+
+    Raises:
+        DataError: more than 8 bits a pixel (a depth map).
+    """
     with Image.open(io.BytesIO(data)) as image:
+        if image.mode in DEEP:
+            raise DataError(
+                f"an image of mode {image.mode} has more than 8 bits a pixel and is no colour image; if it "
+                'is a depth map, say so in meta/info.json ("info": {"is_depth_map": true}).'
+            )
         return np.asarray(image.convert("RGB"), dtype=np.uint8)
 
 

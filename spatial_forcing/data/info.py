@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ BOOKKEEPING: dict[str, str] = {
 
 Feature = dict[str, Any]
 
+Keys = Mapping[str, str]
+"""Names of this package -> names of a dataset: {"action": "actions"}; vectors are joined in the order given:
+{"observation.state": "state.arm+state.gripper"}."""
+JOIN = "+"
+KEYS_FORM = "NAME=FEATURE, or NAME=FEATURE+FEATURE to join vectors, e.g. action=actions"
+CHANNELS = (1, 3, 4)
+"""Grey, RGB, RGBA; every camera is read as RGB."""
+
 
 @dataclass(frozen=True)
 class DatasetInfo:
@@ -71,6 +80,8 @@ class DatasetInfo:
     video_path: str | None = None
     robot_type: str | None = None
     splits: dict[str, str] = field(default_factory=dict)
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Features that go by another name in the files (see `Keys`); not part of `meta/info.json`."""
 
     @property
     def visual(self) -> dict[str, str]:
@@ -87,6 +98,11 @@ class DatasetInfo:
         """Cameras with a depth map: name -> feature key."""
         maps = {name: key for name, key in self.visual.items() if is_depth(self.features[key])}
         return {name.removesuffix(DEPTH_SUFFIX): key for name, key in maps.items()}
+
+    @property
+    def videos(self) -> tuple[str, ...]:
+        """Features that lie in mp4 files."""
+        return tuple(key for key in self.features if self.is_video(key))
 
     @property
     def vectors(self) -> dict[str, tuple[int, ...]]:
@@ -114,8 +130,13 @@ class DatasetInfo:
         return bool(self.features[key]["dtype"] == "video")
 
     def frame_size(self, camera: str) -> tuple[int, int]:
-        """(height, width) of `camera`'s stored frames in pixels."""
-        return _height_width(self.features[self.camera_key(camera)])
+        """(height, width) of `camera`'s stored frames in pixels.
+
+        Raises:
+            DataError: an unknown camera, or a shape whose channel axis cannot be told.
+        """
+        key = self.camera_key(camera)
+        return image_size(key, self.features[key])
 
     def data_file(self, chunk: int, file: int) -> str:
         """Path of a data file relative to the dataset's root."""
@@ -126,16 +147,80 @@ class DatasetInfo:
         template = self.video_path or VIDEO_FILE
         return template.format(video_key=key, chunk_index=chunk, file_index=file)
 
-    def save(self, root: Path) -> None:
-        """Write `meta/info.json` atomically."""
-        write_json(root / INFO_FILE, {**asdict(self), "splits": {"train": f"0:{self.total_episodes}"}})
+    def episode_video(self, key: str, row: Mapping[str, Any]) -> str:
+        """Path, relative to the root, of the file that holds an episode's frames of `key`."""
+        name = self.source(key)
+        return self.video_file(name, row[f"videos/{name}/chunk_index"], row[f"videos/{name}/file_index"])
 
-    @classmethod
-    def load(cls, root: str | Path) -> DatasetInfo:
-        """Read `meta/info.json`.
+    def source(self, key: str) -> str:
+        """The name of the image feature `key` in the files."""
+        return self.sources.get(key, (key,))[0]
+
+    def columns(self, key: str) -> tuple[str, ...]:
+        """The names, in the files, of the columns that `key` consists of."""
+        return self.sources.get(key, (key,))
+
+    def guess(self, key: str) -> str | None:
+        """The vector feature that probably is `key`: the one whose name begins or ends like it."""
+        word = key.rpartition(".")[2]
+        found = [
+            name
+            for name, shape in self.vectors.items()
+            if any(part.startswith(word) for part in re.split(r"[./]", name)) and int(np.prod(shape)) > 1
+        ]
+        return min(found, key=len) if found else None
+
+    def renamed(self, keys: Keys, place: object) -> DatasetInfo:
+        """The same dataset under this package's names.
+
+        Args:
+            keys: see `Keys`.
+            place: for messages.
 
         Raises:
-            DataError: no dataset there, unreadable JSON, a version other than v3.0, a missing field.
+            ConfigError: a source that the dataset lacks (did you mean), or images that are joined.
+        """
+        sources: dict[str, tuple[str, ...]] = {}
+        mapped: dict[str, Feature] = {}
+        for key, text in keys.items():
+            names = tuple(part.strip() for part in text.split(JOIN))
+            for name in names:
+                if name not in self.features:
+                    close = difflib.get_close_matches(name, self.features, n=1)
+                    hint = f" Did you mean {close[0]!r}?" if close else ""
+                    there = ", ".join(sorted(set(self.features) - set(BOOKKEEPING)))
+                    raise ConfigError(f"keys: {place} has no feature {name!r}.{hint} It has {there}.")
+            parts = [self.features[name] for name in names]
+            if len(parts) > 1 and any(part["dtype"] in ("image", "video") for part in parts):
+                raise ConfigError(f"keys: {key}={text}: images cannot be joined; map one feature to it.")
+            sources[key] = names
+            mapped[key] = parts[0] if len(parts) == 1 else _joined(names, parts)
+        used = {name for names in sources.values() for name in names}
+        # In the order of info.json, which is the cameras' order.
+        at = {names[0]: key for key, names in reversed(sources.items())}
+        features: dict[str, Feature] = {}
+        for name, feature in self.features.items():
+            if name in at:
+                features[at[name]] = mapped[at[name]]
+            if name not in used and name not in mapped:
+                features[name] = feature
+        return replace(self, features={**features, **mapped}, sources=sources)
+
+    def save(self, root: Path) -> None:
+        """Write `meta/info.json` atomically."""
+        content = asdict(self)
+        del content["sources"]
+        splits = self.splits if len(self.splits) > 1 else {"train": f"0:{self.total_episodes}"}
+        write_json(root / INFO_FILE, {**content, "splits": splits})
+
+    @classmethod
+    def load(cls, root: str | Path, keys: Keys | None = None) -> DatasetInfo:
+        """Read `meta/info.json`, under this package's names where `keys` says so.
+
+        Raises:
+            DataError: no dataset there, unreadable JSON, a version other than v3.0, a missing field, a
+                feature without dtype or shape, a path template that cannot be used.
+            ConfigError: see `renamed`.
         """
         path = Path(root) / INFO_FILE
         if not path.is_file():
@@ -154,8 +239,46 @@ class DatasetInfo:
         missing = [name for name in ("fps", "features") if name not in raw]
         if missing:
             raise DataError(f"{path} lacks {missing}; restore the file or record the dataset again.")
-        known = set(cls.__dataclass_fields__)
-        return cls(**{key: value for key, value in raw.items() if key in known})
+        known = set(cls.__dataclass_fields__) - {"sources"}
+        info = cls(**{key: value for key, value in raw.items() if key in known})
+        info._check(path)
+        return info.renamed(keys, root) if keys else info
+
+    def _check(self, path: Path) -> None:
+        for name, feature in self.features.items():
+            if "/" in name or "\\" in name:
+                raise DataError(f"{path}: feature {name!r} has a slash in its name, which files cannot have.")
+            if not isinstance(feature, dict) or not {"dtype", "shape"} <= set(feature):
+                raise DataError(f"{path}: feature {name!r} is {feature!r}; expected its dtype and shape.")
+        visual = [key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")]
+        if len(self.visual) != len(visual):
+            twice = sorted(key for key in visual if self.visual[_short(key)] != key)
+            raise DataError(
+                f"{path}: two image features have one camera's name: {twice}; rename one of them."
+            )
+        for name, template in (("data_path", self.data_path), ("video_path", self.video_path or VIDEO_FILE)):
+            try:
+                template.format(video_key="key", chunk_index=0, file_index=0)
+            except (KeyError, IndexError, ValueError, AttributeError) as error:
+                raise DataError(
+                    f"{path}: {name} is {template!r}, which cannot be filled in ({error!r}); v3.0 has "
+                    "{chunk_index} and {file_index} (and {video_key}) there."
+                ) from error
+
+
+def parse_keys(words: Sequence[str]) -> dict[str, str]:
+    """`Keys` from the words of a command line or a configuration, `NAME=FEATURE` each.
+
+    Raises:
+        ConfigError: a word of another form, or a name twice.
+    """
+    keys: dict[str, str] = {}
+    for word in words:
+        name, equals, source = word.partition("=")
+        if not (name and equals and source) or name in keys:
+            raise ConfigError(f"keys: {word!r} is wrong or a name twice; expected {KEYS_FORM}.")
+        keys[name] = source
+    return keys
 
 
 def check_version(version: str, place: object) -> None:
@@ -163,9 +286,8 @@ def check_version(version: str, place: object) -> None:
     if version == VERSION:
         return
     remedy = (
-        "Convert it with LeRobot: "
-        "`python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=<owner/name>`."
-        if version.startswith(("v2", "v1"))
+        "Convert it: `spatial-forcing data convert lerobot-v2 --source FOLDER --output FOLDER`."
+        if version.startswith("v2")
         else "Update this package, or export the dataset as v3.0."
     )
     raise DataError(f"{place}: codebase_version is {version!r}; this package reads {VERSION!r}. {remedy}")
@@ -242,12 +364,42 @@ def _short(key: str) -> str:
     return key.removeprefix(IMAGE_PREFIX).removeprefix("observation.")
 
 
-def _height_width(feature: Feature) -> tuple[int, int]:
-    shape = list(feature["shape"])
-    names = list(feature.get("names") or [])
-    channels_first = names[:1] in (["channel"], ["channels"])
-    height, width = shape[1:] if channels_first else shape[:2]
-    return int(height), int(width)
+def image_size(key: str, feature: Feature) -> tuple[int, int]:
+    """(height, width) in pixels of an image feature, whichever axis its channels are on.
+
+    `names` decide where they say it; else the axis with 1, 3 or 4 entries does.
+
+    Raises:
+        DataError: no two-dimensional image, or both ends of the shape could be the channels.
+    """
+    shape = [int(n) for n in feature["shape"]]
+    if len(shape) == 2:
+        return shape[0], shape[1]
+    names = feature.get("names")
+    words = [str(n).lower() for n in names] if isinstance(names, (list, tuple)) else []
+    if len(shape) == 3 and len(words) == 3 and {"height", "width"} <= set(words):
+        axis = next(i for i, word in enumerate(words) if word not in ("height", "width"))
+        if shape[axis] in CHANNELS:
+            return shape[words.index("height")], shape[words.index("width")]
+        candidates = []
+    else:
+        candidates = [axis for axis in (0, 2) if len(shape) == 3 and shape[axis] in CHANNELS]
+    if len(candidates) == 1:
+        height, width = shape[1:] if candidates[0] == 0 else shape[:2]
+        return height, width
+    raise DataError(
+        f"camera feature {key!r} has shape {shape} and names {names}: its colour axis cannot be told. "
+        'Write names as ["height", "width", "channels"], or in their order, into meta/info.json.'
+    )
+
+
+def _joined(names: Sequence[str], parts: Sequence[Feature]) -> Feature:
+    labels = [f"{name}.{i}" for name, part in zip(names, parts, strict=True) for i in range(_size(part))]
+    return {"dtype": "float32", "shape": [len(labels)], "names": labels}
+
+
+def _size(feature: Feature) -> int:
+    return int(np.prod(feature["shape"]))
 
 
 def _image_feature(size: tuple[int, int], dtype: str, channels: int) -> Feature:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,8 +16,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from spatial_forcing.data.images import decode_colour, decode_depth
-from spatial_forcing.data.info import ACTION, BOOKKEEPING, STATE, DatasetInfo, extrinsic_key
-from spatial_forcing.data.stats import Stats, load_stats
+from spatial_forcing.data.info import ACTION, BOOKKEEPING, STATE, DatasetInfo, Keys, extrinsic_key
+from spatial_forcing.data.problems import RESTORE, Problem, refuse
+from spatial_forcing.data.stats import Stats, vector_stats
+from spatial_forcing.data.structure import (
+    bookkeeping,
+    episode_table,
+    features,
+    file_paths,
+    task_table,
+    video_spans,
+)
 from spatial_forcing.data.tables import image_bytes, read_table, read_tasks, to_numpy
 from spatial_forcing.data.video import VideoReader, packets_digest
 from spatial_forcing.data.writer import STAGING, read_episode_rows
@@ -53,17 +62,26 @@ class Dataset:
         root: the dataset's folder.
         info: the content of `meta/info.json`.
         episodes: the episode table, in order.
-        tasks: instructions, by `task_index`.
+        tasks: instructions by `task_index`; the numbers may have gaps.
+        store_folder: where the decoded store goes (see `store.store_folder`).
         state: (N, D) float32, action: (N, A) float32, raw units.
         timestamp: (N,) float32 seconds within the episode.
         episode_index, frame_index, task_index: (N,) int64.
     """
 
     def __init__(
-        self, root: Path, info: DatasetInfo, episodes: list[Episode], tasks: list[str], table: pa.Table
+        self,
+        root: Path,
+        info: DatasetInfo,
+        episodes: list[Episode],
+        tasks: dict[int, str],
+        table: pa.Table,
+        *,
+        store: Path | None = None,
     ) -> None:
         self.root = root
         self.info = info
+        self.store_folder = store
         self.episodes = episodes
         self.tasks = tasks
         self._table = table
@@ -80,23 +98,33 @@ class Dataset:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, root: str | Path) -> Self:
-        """Open the dataset in `root`.
+    def open(cls, root: str | Path, *, keys: Keys | None = None, store: str | Path | None = None) -> Self:
+        """Open the dataset in `root`, after the checks of `structure`; its notes are logged.
+
+        Args:
+            root: the dataset's folder.
+            keys: names of this package -> names of the dataset's features, where they differ (see `Keys`).
+            store: folder of the decoded store; default beside the dataset, or the user's cache folder where
+                that cannot be written.
 
         Raises:
             DataError: not a v3.0 dataset, an unfinished recording without a committed episode, a missing or
-                truncated file, frame indices with gaps, an episode table that disagrees with the data.
+                truncated file, or anything that `spatial-forcing data check` finds without decoding: tables
+                or videos that disagree, files outside the folder, a camera whose frames have another size.
+            ConfigError: `keys` names a feature that is not there.
         """
         root = Path(root)
-        info = DatasetInfo.load(root)
+        info = DatasetInfo.load(root, keys)
         if info.total_episodes == 0:
             staged = len(list((root / STAGING).glob("*.json")))
             raise DataError(
                 f"{root} holds no committed episode ({staged} recorded, not finalised). "
                 "Run the recording again (it resumes), or DatasetWriter.resume(root).finalize()."
             )
-        tasks = read_tasks(root)
         rows = read_episode_rows(root, info)
+        # A table that is read by these must be right first.
+        refuse([*features(info), *episode_table(info, rows), *file_paths(root, info, rows)], root)
+        tasks = read_tasks(root)
         episodes = [
             Episode(
                 index=int(row["episode_index"]),
@@ -108,13 +136,19 @@ class Dataset:
             )
             for row in rows
         ]
-        wanted = [k for k in (*info.vectors, *BOOKKEEPING) if k in info.features]
+        wanted = _columns(info)
         tables = [read_table(root / file, wanted) for file in _data_files(info, episodes)]
         if not tables:
             raise DataError(f"{root}/meta/episodes lists no episode; run `spatial-forcing data check`.")
-        table = pa.concat_tables(tables)
-        _check_table(root, info, episodes, table)
-        return cls(root, info, episodes, tasks, table)
+        try:
+            table = pa.concat_tables(tables)
+        except pa.ArrowException as error:
+            raise DataError(f"{root}: its data files have different columns ({error}).") from error
+        refuse(_table_problems(info, tasks, episodes, table), root)
+        refuse(video_spans(root, info, rows, {}), root)
+        opened = cls(root, info, episodes, tasks, table, store=None if store is None else Path(store))
+        opened._compare_frames()
+        return opened
 
     def __len__(self) -> int:
         return self.info.total_frames
@@ -129,10 +163,35 @@ class Dataset:
         """Names of the colour cameras."""
         return tuple(self.info.cameras)
 
-    @property
-    def stats(self) -> dict[str, Stats]:
-        """`meta/stats.json`: feature -> statistic -> array. Raises `DataError` when it is missing."""
-        return load_stats(self.root)
+    def statistics(self, episodes: Sequence[int] | None = None) -> dict[str, Stats]:
+        """Statistics of `observation.state` and `action` over some episodes (default: all), from the rows.
+
+        `meta/stats.json` is not read: it may belong to other episodes than those that are trained on.
+
+        Raises:
+            DataError: the dataset lacks one of them, or a row is not finite (episode and frame are named).
+        """
+        numbers = range(len(self.episodes)) if episodes is None else episodes
+        spans = [self.episodes[number] for number in numbers]
+        index = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+        found = {}
+        for key, values in ((STATE, self.state), (ACTION, self.action)):
+            if not values.shape[1]:
+                guess = self.info.guess(key)
+                raise DataError(
+                    f"{self.root} has no {key!r}; "
+                    + (f"give --keys {key}={guess}." if guess else "name the feature with --keys.")
+                )
+            bad = index[~np.isfinite(values[index]).all(1)]
+            if len(bad):
+                episode = self.episode_of(int(bad[0]))
+                raise DataError(
+                    f"{self.root}: {key} is not finite in {len(bad)} frames, the first is frame "
+                    f"{bad[0] - episode.start} of episode {episode.index}; leave the episode out "
+                    "(`episodes`), or record it again."
+                )
+            found[key] = vector_stats(values[index])
+        return found
 
     def image(self, index: int, camera: str) -> NDArray[np.uint8]:
         """The stored frame, (H, W, 3) uint8, decoded.
@@ -145,10 +204,13 @@ class Dataset:
         try:
             with self._lock:
                 if self.info.is_video(key):
-                    return self._video_frame(episode, key, index)
-                data = self._encoded_image(episode, key, index)
-            return decode_colour(data)
-        except (OSError, DataError) as error:
+                    pixels = self._video_frame(episode, key, index)
+                else:
+                    pixels = decode_colour(self._encoded_image(episode, key, index))
+            if pixels.shape[:2] != (size := self.info.frame_size(camera)):
+                raise DataError(f"it is {pixels.shape[:2]} pixels, meta/info.json says {size}.")
+            return pixels
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on damaged files
             raise DataError(
                 f"{self.root}: episode {episode.index}, frame {index - episode.start}, camera {camera!r}: "
                 f"{error} Run `spatial-forcing data check {self.root}`."
@@ -184,7 +246,7 @@ class Dataset:
     def extrinsics(self, index: int, camera: str) -> NDArray[np.float32]:
         """World from camera at a frame, (4, 4), OpenCV axes. Raises `DataError` when not recorded."""
         self.episode_of(index)
-        if extrinsic_key(camera) not in self.info.features:
+        if extrinsic_key(camera) not in self._table.column_names:
             raise DataError(f"{self.root} has no extrinsics for camera {camera!r}; record them.")
         column = self._table[extrinsic_key(camera)].slice(index, 1)
         return to_numpy(column, (4, 4)).astype(np.float32)[0]
@@ -208,7 +270,10 @@ class Dataset:
             key = self.info.camera_key(camera)
             digest.update(key.encode())
             if self.info.is_video(key):
-                start, stop = (entry.row[f"videos/{key}/{end}_timestamp"] for end in ("from", "to"))
+                prefix = f"videos/{self.info.source(key)}/"
+                # Frames after the last row do not belong to the episode.
+                start = float(entry.row[prefix + "from_timestamp"])
+                stop = start + entry.length / self.fps
                 digest.update(packets_digest(self._video_path(entry, key), start, stop, self.fps).encode())
                 continue
             for index in range(entry.start, entry.stop):
@@ -236,8 +301,23 @@ class Dataset:
         return sorted(files)
 
     def _vector(self, key: str) -> NDArray[np.float32]:
-        column = to_numpy(self._table[key], self.info.features[key]["shape"])
-        return np.array(column, dtype=np.float32).reshape(len(self), -1)  # Arrow's own is read-only
+        parts = []
+        for name in self.info.columns(key):
+            column = self._table[name]
+            parts.append(np.array(to_numpy(column, None), np.float32).reshape(len(self), -1))
+        joined = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        wanted = int(np.prod(self.info.features[key]["shape"]))
+        if joined.shape[1] != wanted:
+            raise DataError(
+                f"{self.root}: {key} has {joined.shape[1]} numbers a row, meta/info.json says {wanted}. "
+                f"Run `spatial-forcing data check {self.root}`."
+            )
+        return joined
+
+    def _compare_frames(self) -> None:
+        """Read the first frame of every camera, whose size must be the one in `meta/info.json`."""
+        for camera in self.cameras:
+            self.image(0, camera)
 
     def _scalar(self, key: str) -> NDArray[Any]:
         return np.array(to_numpy(self._table[key], (1,)))
@@ -259,26 +339,23 @@ class Dataset:
             metadata = pq.read_metadata(self.root / file)
             sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             self._row_groups[file] = np.cumsum([0, *sizes])
-        bounds = self._row_groups[file]
+        bounds, name = self._row_groups[file], self.info.source(key)
         group = int(np.searchsorted(bounds, row, side="right")) - 1
         column = _remembered(
             self._columns,
             (file, group, key),
-            lambda: pq.ParquetFile(self.root / file).read_row_group(group, columns=[key])[key],
+            lambda: pq.ParquetFile(self.root / file).read_row_group(group, columns=[name])[name],
             OPEN_COLUMNS,
         )
         return image_bytes(column, row - int(bounds[group]))
 
     def _video_path(self, episode: Episode, key: str) -> Path:
-        prefix = f"videos/{key}/"
-        return self.root / self.info.video_file(
-            key, episode.row[prefix + "chunk_index"], episode.row[prefix + "file_index"]
-        )
+        return self.root / self.info.episode_video(key, episode.row)
 
     def _video_frame(self, episode: Episode, key: str, index: int) -> NDArray[np.uint8]:
         path = self._video_path(episode, key)
         reader = _remembered(self._videos, str(path), lambda: VideoReader(path, self.fps), OPEN_VIDEOS)
-        start = float(episode.row[f"videos/{key}/from_timestamp"])
+        start = float(episode.row[f"videos/{self.info.source(key)}/from_timestamp"])
         return reader.frame(start + (index - episode.start) / self.fps)
 
 
@@ -304,22 +381,26 @@ def _data_files(info: DatasetInfo, episodes: Sequence[Episode]) -> list[str]:
     return list(dict.fromkeys(_data_file(info, episode) for episode in episodes))
 
 
-def _check_table(root: Path, info: DatasetInfo, episodes: Sequence[Episode], table: pa.Table) -> None:
-    remedy = f"Run `spatial-forcing data check {root}` to see every problem."
-    if len(episodes) != info.total_episodes or table.num_rows != info.total_frames:
-        raise DataError(
-            f"{root}: info.json promises {info.total_episodes} episodes and {info.total_frames} frames; "
-            f"found {len(episodes)} and {table.num_rows}. {remedy}"
-        )
-    index = to_numpy(table["index"], (1,))
-    if not np.array_equal(index, np.arange(len(index))):
-        place = int(np.flatnonzero(index != np.arange(len(index)))[0])
-        raise DataError(f"{root}: row {place} has index {index[place]}, expected {place}. {remedy}")
-    number = to_numpy(table["episode_index"], (1,))
-    for position, episode in enumerate(episodes):
-        rows = number[episode.start : episode.stop]
-        if episode.index != position or len(rows) != episode.length or not (rows == episode.index).all():
-            raise DataError(
-                f"{root}: episode {episode.index} is said to be frames {episode.start} to {episode.stop}, "
-                f"but the data disagrees. {remedy}"
-            )
+def _columns(info: DatasetInfo) -> list[str]:
+    """Names, in the files, of the numbers that this package reads; other features are left alone."""
+    vectors = [STATE, ACTION, *(extrinsic_key(camera) for camera in info.cameras)]
+    names = [name for key in vectors if key in info.features for name in info.columns(key)]
+    return list(dict.fromkeys((*names, *(key for key in BOOKKEEPING if key in info.features))))
+
+
+def _table_problems(
+    info: DatasetInfo, tasks: dict[int, str], episodes: Sequence[Episode], table: pa.Table
+) -> Iterator[Problem]:
+    yield from task_table(info, tasks)
+    if table.num_rows != info.total_frames:
+        what = f"{table.num_rows} rows, info.json promises {info.total_frames} frames"
+        yield Problem(None, "data", what, RESTORE)
+        return
+    missing = [name for name in _columns(info) if name not in table.column_names]
+    if missing:
+        yield Problem(None, "data", f"the columns {missing} are missing", RESTORE)
+        return
+    columns = {key: to_numpy(table[key], (1,)) for key in BOOKKEEPING if key in table.column_names}
+    for episode in episodes:
+        part = {key: values[episode.start : episode.stop] for key, values in columns.items()}
+        yield from bookkeeping(info, tasks, episode.row, episode.start, part, file=_data_file(info, episode))

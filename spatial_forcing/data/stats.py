@@ -48,10 +48,15 @@ def sampled_indices(length: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, length - 1, count).round()})
 
 
+def thumbnail(image: NDArray[Any]) -> NDArray[Any]:
+    """Every n-th pixel of (H, W, C), so that about `SAMPLED_SIDE` remain a side."""
+    stride = max(1, min(image.shape[:2]) // SAMPLED_SIDE)
+    return image[::stride, ::stride]
+
+
 def image_stats(images: Sequence[NDArray[Any]], *, depth: bool = False) -> Stats:
     """Statistics of sampled (H, W, C) images: uint8 colour scaled to [0, 1], or uint16 millimetres."""
-    strides = [max(1, min(image.shape[:2]) // SAMPLED_SIDE) for image in images]
-    pixels = [image[::s, ::s].reshape(-1, image.shape[2]) for image, s in zip(images, strides, strict=True)]
+    pixels = [thumbnail(image).reshape(-1, image.shape[2]) for image in images]
     stats = vector_stats(np.concatenate(pixels).astype(np.float64) / (1.0 if depth else 255.0))
     shaped = {name: value.reshape(-1, 1, 1) for name, value in stats.items()}
     return {**shaped, "count": np.array([len(images)])}

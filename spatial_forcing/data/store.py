@@ -1,4 +1,4 @@
-"""The decoded store: every frame as raw uint8 in memory-mapped files beside the dataset.
+"""The decoded store: every frame as raw uint8 in memory-mapped files, beside the dataset where it may.
 
 Reading a frame is then a copy of memory instead of a PNG or video decode. Rows are addressed by the
 dataset's absolute frame index. An episode counts only once the header lists it, with the hash of its source
@@ -8,6 +8,7 @@ episode is decoded again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Sequence
@@ -20,13 +21,34 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from spatial_forcing.errors import DataError
-from spatial_forcing.storage import exclusive, progress_bar, require_disk, write_json
+from spatial_forcing.storage import (
+    exclusive,
+    progress_bar,
+    require_disk,
+    user_cache_folder,
+    writable,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from spatial_forcing.data.reader import Dataset
 
 FOLDER = ".decoded"
 FORMAT = 1
+
+
+def store_folder(dataset: Dataset) -> Path:
+    """Where the dataset's store lies: `.decoded` in it, unless it was opened with another folder.
+
+    In another folder, or in the user's cache folder where the dataset's cannot be written, it gets a folder
+    of its own, by the dataset's name and path.
+    """
+    beside = dataset.root / FOLDER
+    if dataset.store_folder is None and writable(beside):
+        return beside
+    root = dataset.root.resolve()
+    name = f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
+    return (dataset.store_folder or user_cache_folder() / "decoded") / name
 
 
 def stored_size(frame: tuple[int, int], size: int | None) -> tuple[int, int]:
@@ -91,7 +113,9 @@ class DecodedStore:
     def build(
         cls, dataset: Dataset, cameras: Sequence[str], *, size: int | None = None, progress: bool = True
     ) -> Self:
-        """Open the store, decoding first what is missing. Several processes may call this at once.
+        """Open the store (see `store_folder`), decoding first what is missing.
+
+        Several processes may call this at once.
 
         Args:
             dataset: the source.
@@ -103,7 +127,7 @@ class DecodedStore:
             DataError: an unknown camera, or a frame that cannot be decoded (its episode is named).
             EnvironmentSetupError: not enough free disk; nothing was written.
         """
-        folder = dataset.root / FOLDER
+        folder = store_folder(dataset)
         files = {}
         for camera in cameras:
             shape = (len(dataset), *stored_size(dataset.info.frame_size(camera), size), 3)
@@ -144,12 +168,12 @@ class DecodedStore:
 
 
 def verify_store(dataset: Dataset) -> list[tuple[int, str]]:
-    """(episode, camera file) of every stored episode whose rows do not match their checksum.
+    """(episode, camera's file) of every stored episode whose rows do not match their checksum.
 
     Episodes that are not in the store yet are no defect; the next build adds them.
     """
     broken = []
-    for header in sorted((dataset.root / FOLDER).glob("*.json")):
+    for header in sorted(store_folder(dataset).glob("*.json")):
         content = json.loads(header.read_text())
         file = _CameraFile(header.with_suffix(".u8"), header, (len(dataset), *content["frame"]))
         there = file.rows_on_disk()
@@ -157,7 +181,7 @@ def verify_store(dataset: Dataset) -> list[tuple[int, str]]:
         for number, entry in content["episodes"].items():
             start, stop = entry["start"], entry["start"] + entry["length"]
             if stop > there or zlib.crc32(rows[start:stop].tobytes()) != entry["crc"]:
-                broken.append((int(number), file.data.name))
+                broken.append((int(number), f"{file.data.parent.name}/{file.data.name}"))
     return broken
 
 

@@ -63,16 +63,28 @@ def write_tasks(root: Path, tasks: Sequence[str]) -> None:
     write_table(root / TASKS_FILE, table.replace_schema_metadata({"pandas": json.dumps(pandas)}))
 
 
-def read_tasks(root: Path) -> list[str]:
-    """Task sentences in the order of `task_index`."""
+def read_tasks(root: Path) -> dict[int, str]:
+    """Task sentences by `task_index`, whose numbers may have gaps.
+
+    Raises:
+        DataError: the table cannot be read, lacks a column, or gives one index twice.
+    """
     table = read_table(root / TASKS_FILE)
     name = "task" if "task" in table.column_names else "__index_level_0__"
-    pairs = zip(table["task_index"].to_pylist(), table[name].to_pylist(), strict=True)
-    return [task for _, task in sorted(pairs)]
+    if not {"task_index", name} <= set(table.column_names):
+        raise DataError(
+            f"{root / TASKS_FILE} has the columns {table.column_names}; expected task_index and task."
+        )
+    numbers, tasks = table["task_index"].to_pylist(), table[name].to_pylist()
+    if len(set(numbers)) != len(numbers):
+        raise DataError(f"{root / TASKS_FILE} gives a task_index twice ({sorted(numbers)}).")
+    return dict(sorted(zip(numbers, tasks, strict=True)))
 
 
-def to_numpy(column: pa.ChunkedArray, shape: Sequence[int]) -> np.ndarray[Any, Any]:
+def to_numpy(column: pa.ChunkedArray, shape: Sequence[int] | None) -> np.ndarray[Any, Any]:
     """A numeric column as (N, *shape); (N,) for shape (1,) stored as a scalar.
+
+    With `shape` None a row has as many numbers as its first one: (N, n).
 
     Raises:
         DataError: a row has another number of entries, or is null.
@@ -83,6 +95,9 @@ def to_numpy(column: pa.ChunkedArray, shape: Sequence[int]) -> np.ndarray[Any, A
         values = values.storage
     while pa.types.is_nested(values.type):
         values = values.flatten()
+    if shape is None:
+        shape = (len(values) // rows if rows else 0,)
+        return to_numpy(column, shape).reshape(rows, -1)
     scalars = tuple(shape) == (1,)
     wanted = rows * int(np.prod(shape))
     if len(values) != wanted or values.null_count:

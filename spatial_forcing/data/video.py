@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,37 @@ def packets_digest(path: Path, start: float, stop: float, fps: int) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class VideoFacts:
+    """What a video file says about itself.
+
+    Attributes:
+        frames: pictures in it.
+        seconds: time of its end.
+    """
+
+    frames: int
+    seconds: float
+
+
+def video_facts(path: Path) -> VideoFacts:
+    """Read from the file's header; packets are counted only where it does not say.
+
+    Raises:
+        DataError: it is missing or truncated, or holds no video.
+    """
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        if stream.frames and stream.duration:
+            return VideoFacts(stream.frames, float(stream.duration * stream.time_base))
+        try:
+            times = [p.pts * stream.time_base for p in container.demux(stream) if p.pts is not None]
+        except av.FFmpegError as error:
+            raise DataError(f"{path} cannot be read to its end ({error}).") from error
+        rate = stream.average_rate
+        return VideoFacts(len(times), float(max(times, default=0) + (1 / rate if rate and times else 0)))
+
+
 class VideoReader:
     """Frames of one mp4 by time; walking forward decodes on, anything else seeks to a key frame."""
 
@@ -142,7 +174,10 @@ class VideoReader:
 
 def _opened(path: Path) -> Any:
     try:
-        return av.open(str(path))
+        container = av.open(str(path))
+        if not container.streams.video:
+            raise OSError("it holds no video stream")
+        return container
     except (OSError, av.FFmpegError) as error:
         raise DataError(
             f"{path} cannot be opened as a video ({error}); it is missing or truncated. "

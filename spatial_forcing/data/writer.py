@@ -44,6 +44,15 @@ from spatial_forcing.storage import write_json
 
 STAGING = ".recording"
 MEGABYTE = 2**20
+EPISODE_COLUMNS = (
+    "episode_index",
+    "length",
+    "dataset_from_index",
+    "dataset_to_index",
+    "data/chunk_index",
+    "data/file_index",
+)
+"""Columns of `meta/episodes` that every dataset has."""
 
 
 class DatasetWriter:
@@ -115,7 +124,7 @@ class DatasetWriter:
         """Continue after the last complete episode, of an interrupted recording or a finished dataset."""
         root = Path(root)
         info = DatasetInfo.load(root)
-        tasks = read_tasks(root)[: info.total_tasks] if info.total_tasks else []
+        tasks = list(read_tasks(root).values())[: info.total_tasks] if info.total_tasks else []
         staged: list[dict[str, Any]] = []
         while (marker := _staged_path(root, info.total_episodes + len(staged), ".json")).is_file():
             staged.append(json.loads(marker.read_text()))
@@ -284,11 +293,11 @@ def read_episode_rows(root: Path, info: DatasetInfo) -> list[dict[str, Any]]:
     """The rows of `meta/episodes/`, in order; rows of an uncommitted `finalize` are left out."""
     rows: list[dict[str, Any]] = []
     for path in sorted((root / "meta" / "episodes").glob("*/*.parquet")):
-        rows.extend(read_table(path).to_pylist())
-    return sorted(
-        (row for row in rows if row["episode_index"] < info.total_episodes),
-        key=lambda row: int(row["episode_index"]),
-    )
+        table = read_table(path)
+        if lacking := sorted(set(EPISODE_COLUMNS) - set(table.column_names)):
+            raise DataError(f"{path} lacks the columns {lacking}; restore it from where you got it.")
+        rows.extend(table.to_pylist())
+    return sorted(rows, key=lambda row: int(row["episode_index"]))[: info.total_episodes]
 
 
 def dataset_stats(root: Path, info: DatasetInfo, rows: Sequence[dict[str, Any]]) -> dict[str, Stats]:

@@ -84,12 +84,17 @@ def list_tasks(suite: str | None = None) -> tuple[str, ...]:
     return tuple(task for each in suites for task in each.tasks)
 
 
+def suite_name(task: str) -> str:
+    """Name of the suite that `task` belongs to. Raises `ConfigError` for an unknown task (did you mean)."""
+    for name, suite in SUITES.items():
+        if task in suite.tasks:
+            return name
+    raise _unknown_task(task)
+
+
 def suite_of(task: str) -> Suite:
     """The suite that `task` belongs to. Raises `ConfigError` for an unknown task (did you mean)."""
-    for suite in SUITES.values():
-        if task in suite.tasks:
-            return suite
-    raise _unknown_task(task)
+    return SUITES[suite_name(task)]
 
 
 def expand_tasks(names: Iterable[str]) -> tuple[str, ...]:

@@ -27,6 +27,8 @@ class EpisodeResult:
         video: file of its video, relative to the results file, or None.
         tags: what was evaluated, e.g. `{"arm": "sf", "step": 500}`.
         setup: settings that decide the outcome; episodes of another setup must not be mixed in.
+        threads: threads of the policy's process (torch); the last bits of its actions depend on them. None in
+            files of older versions.
     """
 
     task: str
@@ -38,6 +40,7 @@ class EpisodeResult:
     video: str | None = None
     tags: Mapping[str, Any] = field(default_factory=dict)
     setup: Mapping[str, Any] = field(default_factory=dict)
+    threads: int | None = None
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,7 @@ class _Run:
             video=video,
             tags=self.tags,
             setup=self.setup,
+            threads=torch.get_num_threads(),
         )
         self.results[spec.task, spec.seed] = result
         if self.file is not None:

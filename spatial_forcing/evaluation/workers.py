@@ -218,11 +218,17 @@ class _Worker:
         return spec, report
 
     def autopsy(self) -> list[tuple[EpisodeSpec, Failed]]:
-        """After its death: orders are obeyed one by one, so the oldest unanswered one was the last."""
+        """After its death: orders are obeyed one by one, so the oldest unanswered one was the last.
+
+        With no order unanswered it died while it waited, and any of its episodes may be to blame.
+        """
         self.stop()
         message = f"its worker process died (exit code {self.process.exitcode})"
         fatal = self.orders[0] if self.orders else None
-        return [(spec, Failed(s, message, bystander=s != fatal)) for s, spec in self.playing.items()]
+        return [
+            (spec, Failed(s, message, bystander=fatal is not None and s != fatal))
+            for s, spec in self.playing.items()
+        ]
 
     def stop(self) -> None:
         self.pipe.close()

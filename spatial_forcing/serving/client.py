@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
@@ -47,6 +47,8 @@ class PolicyClient:
         port: TCP port; None when the URL has it.
         api_key: sent as `Authorization: Api-Key KEY`.
         timeout: seconds that one answer may take.
+        proxy: URL of a proxy to connect through, or True for the one that the environment names. A robot's
+            server is in its own network, so variables such as `https_proxy` are not looked at by default.
         connect_timeout: seconds until an absent server is given up, at first and after a loss.
         clock, sleep: replaced in tests.
 
@@ -61,6 +63,7 @@ class PolicyClient:
         port: int | None = 8000,
         *,
         api_key: str | None = None,
+        proxy: str | Literal[True] | None = None,
         timeout: float = 30.0,
         connect_timeout: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
@@ -69,6 +72,7 @@ class PolicyClient:
         url = host if host.startswith(("ws://", "wss://")) else f"ws://{host}"
         self.url = url if port is None else f"{url}:{port}"
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
+        self._proxy = proxy
         self._timeout, self._connect_timeout = timeout, connect_timeout
         self._clock, self._sleep = clock, sleep
         self.reconnects = 0
@@ -168,6 +172,7 @@ class PolicyClient:
             compression=None,
             max_size=None,
             additional_headers=self._headers,
+            proxy=self._proxy,
             open_timeout=seconds,
             close_timeout=2,
         )

@@ -98,6 +98,7 @@ class ServedPolicy:
 def load_policy(
     folder: str | Path,
     *,
+    statistics: str | None = None,
     image_shape: tuple[int, int] | None = None,
     default_prompt: str | None = None,
     aliases: Mapping[str, str] | None = None,
@@ -107,6 +108,7 @@ def load_policy(
 
     Args:
         folder: holds `config.json` and `model.safetensors`.
+        statistics: the dataset whose statistics are used, where the checkpoint holds those of several.
         image_shape: refuse images of another (height, width).
         default_prompt: instruction of requests that bring none.
         aliases: names under which clients send cameras -> the policy's camera.
@@ -117,7 +119,7 @@ def load_policy(
         ConfigError: an alias of an unknown camera, or an unknown device.
     """
     folder = policy_folder(Path(folder))
-    student = load_student(folder)
+    student = load_student(folder, statistics=statistics)
     check_statistics(student, folder)
     if isinstance(student, nn.Module):
         try:
@@ -193,4 +195,5 @@ def describe(student: Student, folder: Path) -> dict[str, Any]:
         "licence": str(card.get("license", UNKNOWN)),
         "normalisation": norms,
         "policy_image_size": config.get("image_size"),
+        "torch_threads": torch.get_num_threads(),
     }

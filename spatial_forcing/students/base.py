@@ -24,6 +24,7 @@ from spatial_forcing.storage import replace_file, write_json
 
 __all__ = [
     "STUDENTS",
+    "ManyStatistics",
     "Student",
     "evaluating",
     "load_student",
@@ -31,6 +32,7 @@ __all__ = [
     "read_config",
     "restore_student",
     "save_checkpoint",
+    "statistics_names",
 ]
 
 CONFIG_FILE = "config.json"
@@ -46,19 +48,49 @@ STUDENTS: Registry[type[Student]] = Registry("student")
 """Student classes by the `model_type` of their `config.json`."""
 
 
-def load_student(folder: str | Path) -> Student:
+class ManyStatistics:
+    """A student class whose checkpoints may hold the normalisation statistics of several datasets."""
+
+    @classmethod
+    def statistics_names(cls, folder: str | Path) -> tuple[str, ...]:
+        """The datasets whose statistics the checkpoint in `folder` holds."""
+        raise NotImplementedError
+
+    @classmethod
+    def with_statistics(cls, folder: str | Path, statistics: str) -> Student:
+        """`from_pretrained` with the statistics of that dataset.
+
+        Raises:
+            CheckpointError: the checkpoint has none of that name; lists those that it has.
+        """
+        raise NotImplementedError
+
+
+def statistics_names(folder: str | Path) -> tuple[str, ...]:
+    """The datasets whose statistics a checkpoint offers to choose from; empty where there is no choice."""
+    stored = read_json(folder)
+    if "model_type" not in stored and (Path(folder) / POLICY / CONFIG_FILE).exists():
+        return statistics_names(Path(folder) / POLICY)
+    kind = stored.get("model_type")
+    family: type = STUDENTS[kind] if kind in STUDENTS else object
+    return family.statistics_names(folder) if issubclass(family, ManyStatistics) else ()
+
+
+def load_student(folder: str | Path, *, statistics: str | None = None) -> Student:
     """The student saved in `folder`, whichever registered class it is, or whose plugin knows it.
 
-    The folder of a finished training run stands for its policy.
+    Args:
+        folder: what `save_pretrained` wrote; the folder of a finished training run stands for its policy.
+        statistics: the dataset whose statistics are used, where the checkpoint holds those of several.
 
     Raises:
-        CheckpointError: no readable `config.json`, its model type is not a registered student, or it is a
-            LeRobot policy and the plugin is not installed.
+        CheckpointError: no readable `config.json`, its model type is not a registered student, it is a
+            LeRobot policy and the plugin is not installed, or it has no statistics to choose from.
     """
     stored = read_json(folder)
     if "model_type" not in stored:
         if (Path(folder) / POLICY / CONFIG_FILE).exists():
-            return load_student(Path(folder) / POLICY)
+            return load_student(Path(folder) / POLICY, statistics=statistics)
         for point in entry_points(group=OTHERS):
             if point.name in stored:
                 student: Student = point.load()(Path(folder))
@@ -74,7 +106,14 @@ def load_student(folder: str | Path) -> Student:
             f"{Path(folder) / CONFIG_FILE} describes a {kind!r} model, which is not a student of this "
             f"package; it knows {', '.join(sorted(STUDENTS))}."
         )
-    return STUDENTS[kind].from_pretrained(folder)
+    family = STUDENTS[kind]
+    if statistics is None:
+        return family.from_pretrained(folder)
+    if not issubclass(family, ManyStatistics):
+        raise CheckpointError(
+            f"statistics {statistics!r}: the {kind!r} policy in {folder} holds its own only; leave it out."
+        )
+    return family.with_statistics(folder, statistics)
 
 
 def restore_student(student: Any, folder: str | Path) -> None:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -111,6 +112,7 @@ class LoraStudent(nn.Module):
         self.fingerprint = weights_fingerprint(frozen)
         self._peft = _inject(policy, settings, full, seed)
         _train_in_full(policy, full)
+        self._widened = _widen(policy)
 
     # ---- the student
 
@@ -288,6 +290,8 @@ def merge(student: LoraStudent) -> nn.Module:
         weight.copy_((weight.cpu().float() + delta.float()).to(weight.dtype))
         parent, _, leaf = name.rpartition(".")
         setattr(student.policy.get_submodule(parent), leaf, base)
+    for part in student._widened:
+        part.narrow()
     if hasattr(student.policy, "peft_config"):
         del student.policy.peft_config
     return student.policy
@@ -360,6 +364,46 @@ def _train_in_full(policy: nn.Module, full: tuple[str, ...]) -> None:
             )
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(_is_adapter(name) or _under(name, full))
+
+
+@dataclass(frozen=True)
+class _Widened:
+    """A module of a 16-bit base whose parameters learn in float32; its inputs and outputs are cast."""
+
+    module: nn.Module
+    dtype: torch.dtype
+    hooks: tuple[Any, ...]
+
+    def narrow(self) -> None:
+        """Back to the base's type."""
+        for hook in self.hooks:
+            hook.remove()
+        for parameter in self.module.parameters(recurse=False):
+            parameter.data = parameter.data.to(self.dtype)
+
+
+def _widen(policy: nn.Module) -> list[_Widened]:
+    """Train in float32 what is trained in full: bfloat16 rounds a usual step of the optimizer away."""
+    widened = []
+    for module in policy.modules():
+        own = list(module.parameters(recurse=False))
+        if not any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in own):
+            continue
+        dtype = own[0].dtype
+        for parameter in own:
+            parameter.data = parameter.data.float()
+        before = module.register_forward_pre_hook(_to_float32)
+        after = module.register_forward_hook(partial(_to_dtype, dtype))
+        widened.append(_Widened(module, dtype, (before, after)))
+    return widened
+
+
+def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs)
+
+
+def _to_dtype(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
 
 
 def _under(name: str, prefixes: Sequence[str]) -> bool:

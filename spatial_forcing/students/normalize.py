@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Literal, get_args
 
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 
 from spatial_forcing.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
+
 NormMode = Literal["mean_std", "min_max", "quantile"]
-"""z-score; [min, max] to [-1, 1]; [q01, q99] to [-1, 1] (values beyond the quantiles are not clipped)."""
+"""z-score; [min, max] to [-1, 1]; [q01, q99] to [-1, 1] (values beyond the quantiles are not clipped; minimum
+and maximum are taken for a dimension whose quantiles are equal though it changes)."""
 
 Stats = Mapping[str, Mapping[str, ArrayLike]]
 """Statistics of a LeRobot dataset (`meta/stats.json`): feature -> statistic -> (D,) numbers."""
@@ -24,6 +28,30 @@ _STATISTICS: dict[str, tuple[str, str]] = {
 }
 CONSTANT = 1e-6
 """A dimension whose spread is below this (relative to its magnitude, at least 1) counts as constant."""
+
+
+def is_constant(spread: Tensor, at: Tensor) -> Tensor:
+    """Which dimensions do not change: their spread is nothing beside their value (at least 1)."""
+    return spread < CONSTANT * at.abs().clamp(min=1)
+
+
+def widened(low: Tensor, high: Tensor, least: Tensor, most: Tensor, *, feature: str) -> tuple[Tensor, Tensor]:
+    """Quantiles (low, high), replaced by the extremes (least, most) where they are equal and those are not.
+
+    A gripper that closes in under 1 % of the frames has q01 = q99: scaled by them it could never close. Says
+    which dimensions of `feature` these are.
+    """
+    rare = is_constant((high - low) / 2, (high + low) / 2) & ~is_constant((most - least) / 2, low)
+    if bool(rare.any()):
+        logger.warning(
+            "%s: dimensions %s have q01 = q99 but change in a few frames; they are scaled by their minimum "
+            "%s and maximum %s instead.",
+            feature,
+            rare.nonzero().flatten().tolist(),
+            least[rare].tolist(),
+            most[rare].tolist(),
+        )
+    return torch.where(rare, least, low), torch.where(rare, most, high)
 
 
 class Normalizer(nn.Module):
@@ -50,7 +78,11 @@ class Normalizer(nn.Module):
         Raises:
             DataError: the feature or a statistic is absent, of another size, not finite, or reversed.
         """
-        first, second = (self._statistic(stats, feature, name) for name in _STATISTICS[self.mode])
+        names = _STATISTICS[self.mode]
+        first, second = (self._statistic(stats, feature, name) for name in names)
+        if self.mode == "quantile":
+            extremes = [self._statistic(stats, feature, name) for name in ("min", "max")]
+            first, second = widened(first, second, *extremes, feature=feature)
         if self.mode == "mean_std":
             offset, scale = first, second
         else:
@@ -60,7 +92,14 @@ class Normalizer(nn.Module):
             raise DataError(
                 f"statistics of {feature!r} have a negative spread ({low}, {high}); recompute them."
             )
-        constant = scale < CONSTANT * offset.abs().clamp(min=1)
+        constant = is_constant(scale, offset)
+        if bool(constant.any()):
+            logger.warning(
+                "%s: dimensions %s never change; they are normalised to 0 and come back as %s.",
+                feature,
+                constant.nonzero().flatten().tolist(),
+                offset[constant].tolist(),
+            )
         self.offset.copy_(offset)
         self.scale.copy_(torch.where(constant, 0, scale))
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 
 from spatial_forcing.data.augment import Augment
+from spatial_forcing.data.info import parse_keys
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing import ForcingConfig
 from spatial_forcing.registry import did_you_mean
@@ -20,6 +22,8 @@ from spatial_forcing.students import LoraSettings, NanoConfig, OpenVLAOFTConfig,
 from spatial_forcing.students.openvla_oft.files import is_hub_id
 from spatial_forcing.training.fields import differences, from_plain, to_plain
 from spatial_forcing.training.optim import OptimConfig
+
+logger = logging.getLogger(__name__)
 
 StudentConfig: TypeAlias = NanoConfig | OpenVLAOFTConfig | Pi0Config
 """The student's own configuration; another student's joins here and in `parts.FACTORIES`."""
@@ -29,6 +33,8 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 NEUTRAL = frozenset(
     {
         "output",
+        "store",
+        "extend",
         "save_every",
         "keep",
         "callback_every",
@@ -48,6 +54,10 @@ class TrainConfig:
 
     Attributes:
         dataset: folder of a LeRobot v3.0 dataset.
+        keys: `NAME=FEATURE` where the dataset calls a feature otherwise than this package, e.g.
+            `action=actions`; `observation.state=arm+gripper` joins vectors.
+        store: folder of the decoded frames; None: beside the dataset, or in the user's cache folder where the
+            dataset's cannot be written.
         output: run directory; it is resumed when it holds a checkpoint of the same configuration.
         student: configuration of a new student (architecture, cameras, chunk, image size).
         init_from: folder (or, for OpenVLA-OFT, hub id) of a saved student to fine-tune instead of a new one.
@@ -60,6 +70,7 @@ class TrainConfig:
             trains the control in which every frame has another's features.
         cache: folder of its cached features; then no teacher runs in training.
         steps: optimizer steps.
+        extend: go on with a run of fewer `steps`; the schedule is restated for the new number.
         batch_size: samples an optimizer step, over all processes and micro-batches, so that a configuration
             means the same on any number of processes.
         gradient_accumulation: micro-batches that a step's samples are divided into.
@@ -93,7 +104,10 @@ class TrainConfig:
     forcing: ForcingConfig = field(default_factory=ForcingConfig)
     teacher: str | None = None
     cache: Path | None = None
+    keys: tuple[str, ...] = ()
+    store: Path | None = None
     steps: int = 1000
+    extend: bool = False
     batch_size: int = 32
     gradient_accumulation: int = 1
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -136,11 +150,16 @@ class TrainConfig:
                 f"batch_size is {self.batch_size} and gradient_accumulation {self.gradient_accumulation}; "
                 "a step's samples must divide evenly among its micro-batches."
             )
+        parse_keys(self.keys)
         if self.optim.warmup_steps >= self.steps:
-            raise ConfigError(
-                f"optim.warmup_steps is {self.optim.warmup_steps} and steps is {self.steps}; "
-                "the warm-up must end before the run does: lower it."
+            shorter = self.steps // 4
+            logger.warning(
+                "optim.warmup_steps is %d and steps is %d: the warm-up is shortened to %d steps.",
+                self.optim.warmup_steps,
+                self.steps,
+                shorter,
             )
+            object.__setattr__(self, "optim", replace(self.optim, warmup_steps=shorter))
         if self.lora.rank and self.base is None:
             raise ConfigError(
                 f"lora.rank is {self.lora.rank} and init_from is none: adapters on frozen random weights "
@@ -227,9 +246,12 @@ def installed(package: str) -> bool:
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings of two plain configurations that change what is learned, with both values.
 
+    More steps are no change where `new` extends the run.
     A setting that `old` lacks, because the version that wrote it had none, has its default.
     """
     with suppress(ConfigError):  # a setting that this version does not know is named below
         old = TrainConfig.from_plain(old).to_plain()
     found = differences(old, new)
+    if new.get("extend") and int(old.get("steps", 0)) < int(new["steps"]):
+        found.pop("steps", None)
     return {name: values for name, values in found.items() if name.split(".")[0] not in NEUTRAL}

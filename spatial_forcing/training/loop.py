@@ -39,7 +39,7 @@ from spatial_forcing.training.config import TrainConfig
 from spatial_forcing.training.interrupt import StopRequest
 from spatial_forcing.training.memory import estimate_memory
 from spatial_forcing.training.metrics import Meter, MetricLog, Row, read_metrics
-from spatial_forcing.training.optim import make_optimizer, make_scheduler
+from spatial_forcing.training.optim import lr_factor, make_optimizer, make_scheduler
 from spatial_forcing.training.parts import Parts, build_parts
 from spatial_forcing.training.placement import Placement, Replicated, Sharded
 from spatial_forcing.training.progress import TrainingProgress
@@ -85,7 +85,7 @@ def train(
     open_run(config, writes=state.is_main_process)
     state.wait_for_everyone()
     finished = read_result(config.output)
-    if finished is not None:
+    if finished is not None and finished.steps >= config.steps:  # else the run is extended
         return finished
     if parts is None:
         set_seed(config.seed)
@@ -142,8 +142,6 @@ class Trainer:
             if found is not None:
                 self._load_weights(found)
             self._prepare()
-            if found is not None:
-                self._load_state(found)
             title = f"train {self.config.output.name}"
             self.log = MetricLog(self.config.output / METRICS, self.step) if self._main else None
             with (
@@ -152,6 +150,7 @@ class Trainer:
             ):
                 self.bar = bar
                 if found is not None:
+                    self._load_state(found)
                     bar.say(f"resuming {self.config.output} after step {self.step} of {self.config.steps}")
                     self._call(on_checkpoint, found, stop)
                 self._loop(stop, on_checkpoint)
@@ -364,12 +363,26 @@ class Trainer:
         try:
             self.placement.load_optimizer(self._bare_optimizer, states["optimizer"])
             self.scheduler.load_state_dict(states["scheduler"])
+            if state.config["steps"] != self.config.steps:
+                self._restate_schedule(state.config["steps"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(
                 f"{found.folder / files.OPTIMIZER} does not fit these parameters ({error}); "
                 "resume with the student and version it was written by."
             ) from error
         files.set_rng_state(files.load_tensors(found.folder / self._rng_file))
+
+    def _restate_schedule(self, before: int) -> None:
+        """Give the next step the learning rate of the extended schedule, and say so."""
+        optim = self.config.optim
+        old, new = (optim.lr * lr_factor(optim, self.step, steps) for steps in (before, self.config.steps))
+        for group in self._bare_optimizer.param_groups:
+            group["lr"] = new
+        self.bar.say(
+            f"extended from {before} to {self.config.steps} steps: the {optim.decay} schedule is that of "
+            f"{self.config.steps} steps, so the learning rate of the next step is {new:.3g} instead of "
+            f"{old:.3g}"
+        )
 
     def _checkpoint_bytes(self) -> int:
         """Upper estimate of what the run will write: weights and two moments, for each kept checkpoint."""

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from torch import nn
 
 from spatial_forcing.data import Dataset
+from spatial_forcing.data.info import parse_keys
 from spatial_forcing.data.loader import BatchLoader
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.protocols import Batch, Teacher
@@ -76,25 +77,54 @@ def build_parts(config: TrainConfig) -> Parts:
     Raises:
         ConfigError, DataError, CheckpointError: as the parts do.
     """
-    dataset = Dataset.open(config.dataset)
+    dataset = open_dataset(config)
     student = make_student(config, dataset)
     teacher = make_teacher(config, dataset)
     return Parts(student, teacher, make_batches(config, student, dataset))
 
 
+class DatasetSettings(Protocol):
+    """The settings of a run or a comparison that say what it reads."""
+
+    @property
+    def dataset(self) -> Path:
+        """Folder."""
+        ...
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """`NAME=FEATURE` each."""
+        ...
+
+    @property
+    def store(self) -> Path | None:
+        """Folder of the decoded frames."""
+        ...
+
+
+def open_dataset(config: DatasetSettings) -> Dataset:
+    """The dataset of a configuration, under this package's names."""
+    return Dataset.open(config.dataset, keys=parse_keys(config.keys), store=config.store)
+
+
 def make_student(config: TrainConfig, dataset: Dataset) -> nn.Module:
     """The student at step 0: new with weights from `config.seed`, or the one in `config.init_from`.
 
-    With `config.lora` it is a `LoraStudent`, whose adapters are drawn from `config.seed`.
+    It normalises by the statistics of the episodes that it is trained on. With `config.lora` it is a
+    `LoraStudent`, whose adapters are drawn from `config.seed`.
+
+    Raises:
+        DataError: a state or action of these episodes is not finite.
     """
+    stats = dataset.statistics(select_episodes(dataset, config))
     if config.init_from is not None:
         tune = FINE_TUNERS.get(type(config.student))
         if tune is not None:
-            loaded: Any = tune(config.init_from, config.student, dataset.stats, seed=config.seed)
+            loaded: Any = tune(config.init_from, config.student, stats, seed=config.seed)
         else:
             loaded = load_student(config.init_from)
     else:
-        loaded = FACTORIES[type(config.student)](config.student, dataset.stats, seed=config.seed)
+        loaded = FACTORIES[type(config.student)](config.student, stats, seed=config.seed)
     assert isinstance(loaded, nn.Module)
     if config.lora.rank:
         assert config.base is not None

@@ -132,16 +132,27 @@ def openvla_oft_tiny_libero(dataset: Path, output: Path) -> TrainConfig:
     )
 
 
+PI0_LORA = LoraSettings(rank=16, alpha=16.0)
 PI0_CAMERAS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
 """ALOHA's three cameras as its recordings and openpi call them."""
 
 
 def _pi0(dataset: Path, output: Path, cameras: tuple[str, ...], **changes: Any) -> TrainConfig:
-    """What the paper's pi0 experiments share: base weights, layer 12 of 18, alpha 0.5, openpi's optimiser."""
+    """What the paper's pi0 experiments share: base weights, layer 12 of 18, alpha 0.5, openpi's optimiser.
+
+    With LoRA the base, which is frozen, is loaded in bfloat16; a full fine-tune needs it in float32.
+    """
+    student = Pi0Config(
+        cameras=cameras,
+        state_dim=14,
+        action_dim=14,
+        pretrained="lerobot/pi0_base",
+        dtype="bfloat16" if "lora" in changes else "float32",
+    )
     return TrainConfig(
         dataset=dataset,
         output=output,
-        student=Pi0Config(cameras=cameras, state_dim=14, action_dim=14, pretrained="lerobot/pi0_base"),
+        student=student,
         forcing=ForcingConfig(alpha=0.5, pairs=((12, -1),)),
         teacher="facebook/VGGT-1B",
         batch_size=16,
@@ -161,10 +172,16 @@ def _pi0(dataset: Path, output: Path, cameras: tuple[str, ...], **changes: Any) 
 @PRESETS.register("pi0-robotwin")
 def pi0_robotwin(dataset: Path, output: Path) -> TrainConfig:
     """RoboTwin as in the paper: pi0 with LoRA, 30k iterations on one GPU (arXiv 2510.12276, section 4)."""
-    return _pi0(dataset, output, robotwin.CAMERAS, steps=30_000, lora=LoraSettings(rank=16, alpha=16.0))
+    return _pi0(dataset, output, robotwin.CAMERAS, steps=30_000, lora=PI0_LORA)
 
 
 @PRESETS.register("pi0-aloha")
 def pi0_aloha(dataset: Path, output: Path) -> TrainConfig:
     """ALOHA with the released pi0 recipe: full fine-tune, 20k steps, batch 16."""
     return _pi0(dataset, output, PI0_CAMERAS, steps=20_000)
+
+
+@PRESETS.register("pi0-aloha-lora")
+def pi0_aloha_lora(dataset: Path, output: Path) -> TrainConfig:
+    """ALOHA with LoRA on a frozen base in bfloat16, for one GPU of 16 to 24 GB."""
+    return _pi0(dataset, output, PI0_CAMERAS, steps=20_000, lora=PI0_LORA)

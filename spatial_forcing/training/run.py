@@ -91,7 +91,12 @@ def refuse_changes(held: Mapping[str, Any], new: Mapping[str, Any], place: Path)
         )
         raise ConfigError(
             f"{place} holds a run with another configuration ({listed}). "
-            "Choose another output, or go back to these settings to resume."
+            "Choose another output, or go back to these settings to resume"
+            + (
+                "; --extend goes on with more steps."
+                if set(changed) == {"steps"} and changed["steps"][0] < changed["steps"][1]
+                else "."
+            )
         )
 
 

@@ -63,7 +63,7 @@ def test_every_episode_is_written_with_statistics(numbers):
     dataset = Dataset.open(convert(numbers, progress=False))
     assert [episode.length for episode in dataset.episodes] == [3, 2]
     assert dataset.state[:, 0].tolist() == [1, 2, 3, 4, 5]
-    assert dataset.stats["observation.state"]["mean"][0] == 3
+    assert dataset.statistics()["observation.state"]["mean"][0] == 3
     assert check(numbers.output) == []
 
 

@@ -103,7 +103,7 @@ def test_numbers_names_tasks_and_statistics(source):
     assert dataset.info.robot_type == "aloha"
     np.testing.assert_allclose(dataset.state[:6, 3], np.arange(6) + 0.03, rtol=1e-6)
     np.testing.assert_allclose(dataset.action, dataset.state + 1, rtol=1e-6)
-    np.testing.assert_allclose(dataset.stats["action"]["max"], 8 + np.arange(14) / 100, rtol=1e-6)
+    np.testing.assert_allclose(dataset.statistics()["action"]["max"], 8 + np.arange(14) / 100, rtol=1e-6)
     assert check(source.parent / "out") == []
 
 

@@ -14,7 +14,7 @@ def edit_info(root, **changes):
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [("v2.1", "convert_dataset_v21_to_v30"), ("v4.0", "Update this package")]
+    ("version", "remedy"), [("v2.1", "data convert lerobot-v2"), ("v4.0", "Update this package")]
 )
 def test_other_versions_are_refused_with_the_remedy(root, version, remedy):
     edit_info(root, codebase_version=version)

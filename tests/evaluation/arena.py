@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,9 @@ class LazyImages(dict):
 
 
 class ArenaEnv:
-    """`easy` accepts 0.2 around the goal, others 0.01; `kill-*`, `raise` break on seed 1, `broken` always."""
+    """`easy` accepts 0.2 around the goal, others 0.01; `kill-*`, `raise` break on seed 1, `broken` always;
+    `idle` dies a moment after its episode has begun, while nothing is asked of it.
+    """
 
     cameras = ("front", "wrist")
     horizon = 20
@@ -53,6 +56,8 @@ class ArenaEnv:
                 os._exit(7)
         if self.task == "broken" or (seed == 1 and self.task == "raise"):
             raise RuntimeError("the renderer is gone")
+        if self.task == "idle":
+            threading.Timer(0.3, os._exit, (9,)).start()
         self.goal, self.position, self.steps = float(np.random.default_rng(seed).random()), 0.0, 0
         return self.observe(), {}
 

@@ -7,6 +7,7 @@ import torch
 
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
 from spatial_forcing.evaluation import WorkerPool, evaluate, read_results, rollout
+from spatial_forcing.evaluation.workers import EpisodeSpec
 from tests.evaluation.arena import SeekingPolicy, make_arena
 from tests.fakes import FakeStudent
 
@@ -156,6 +157,19 @@ def test_an_episode_that_dies_twice_is_an_error_not_a_failure(tmp_path):
     assert "the renderer is gone" in by_task["raise"]
     assert [e.seed for e in result.episodes] == [0, 2, 0, 2]
     assert len(read_results(out)) == 4
+
+
+def test_a_worker_that_dies_while_it_waits_is_to_blame():
+    """Its question and its end are found together: it must not be taken for another's victim for ever."""
+    others = set(mp.active_children())
+    with WorkerPool(1, make_arena, slots=1) as pool:
+        pool.start(pool.free_seats()[0], EpisodeSpec("idle", 0, 3))
+        (worker,) = set(mp.active_children()) - others
+        worker.join(60)
+        ((_, spec, report),) = pool.receive()
+    assert spec.task == "idle"
+    assert not report.bystander
+    assert "exit code 9" in report.message
 
 
 def test_no_episode_at_all_is_refused(lone):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from operator import eq
+
 import pytest
 import torch
 
 from spatial_forcing.errors import CheckpointError
 from spatial_forcing.forcing import ForcingConfig, SpatialForcing
 from spatial_forcing.forcing.layout import gather_tokens
-from spatial_forcing.students.pi0.keys import TIED, rename, to_openpi, to_transformers
+from spatial_forcing.students.pi0.keys import PALIGEMMA, rename, to_openpi, to_transformers
 from spatial_forcing.teachers.vggt import VGGT, VGGTConfig, VGGTTeacher
 from spatial_forcing.views import IMAGE_PREFIX, Views
 from tests.golden import golden
@@ -154,6 +156,7 @@ def test_absent_views_influence_neither_policy_nor_teacher(student):
 
 
 KEYS = "pi0_state_dict_keys"
+TIED = (PALIGEMMA + "lm_head.weight", PALIGEMMA + "model.language_model.embed_tokens.weight")
 
 
 def test_key_map_of_the_real_checkpoint():
@@ -165,10 +168,10 @@ def test_key_map_of_the_real_checkpoint():
     for prefix in ("", "model."):
         for dropped in ((), (TIED[0],), (TIED[1],)):
             stored = {prefix + name: shape for name, shape in shapes.items() if name not in dropped}
-            renamed = to_transformers(stored, native, "file")
+            renamed = to_transformers(stored, native, "file", eq)
             for name, shape in renamed.items():
                 assert shape == found["transformers_native"]["keys"][name]["shape"]
-    assert to_transformers(to_openpi(renamed), native, "file") == renamed
+    assert to_transformers(to_openpi(renamed), native, "file", eq) == renamed
     assert set(to_openpi(renamed)) == set(shapes) - {TIED[1]}
 
 
@@ -178,12 +181,12 @@ def test_keys_that_do_not_fit_are_named():
     stored = dict.fromkeys(found["openpi_pi0"]["keys"], 0)
     del stored["action_out_proj.bias"]
     with pytest.raises(CheckpointError, match=r"1 missing .*action_out_proj\.bias"):
-        to_transformers(stored, native, "file")
+        to_transformers(stored, native, "file", eq)
     for tied in TIED:
         del stored[tied]
     with pytest.raises(CheckpointError, match=r"2 missing .*embed_tokens"):
-        to_transformers(stored, native, "file")
+        to_transformers(stored, native, "file", eq)
     with pytest.raises(CheckpointError, match=r"pi0\.5.*pi05_sf"):
-        to_transformers(dict.fromkeys(found["openpi_pi05"]["keys"], 0), native, "file")
+        to_transformers(dict.fromkeys(found["openpi_pi05"]["keys"], 0), native, "file", eq)
     with pytest.raises(CheckpointError, match="no weight of pi0"):
-        to_transformers({"lm.weight": 0}, native, "file")
+        to_transformers({"lm.weight": 0}, native, "file", eq)

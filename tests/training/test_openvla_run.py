@@ -92,7 +92,7 @@ def test_a_run_resumes_exactly_and_exports_the_published_layout(folders, tmp_pat
     seen = example_observations(merged.config)
     torch.testing.assert_close(merged.act(seen), adapter.act(seen), atol=1e-4, rtol=1e-3)
     # Statistics are the dataset's, and travel with both forms.
-    stats = Dataset.open(folders / "data").stats["action"]
+    stats = Dataset.open(folders / "data").statistics()["action"]
     np.testing.assert_allclose(merged.action_bounds.high.numpy(), stats["q99"])
     np.testing.assert_allclose(adapter.policy.action_bounds.low.numpy(), stats["q01"])
 

@@ -13,13 +13,12 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spatial_forcing.errors import CheckpointError
@@ -39,6 +38,7 @@ from spatial_forcing.students.openvla_oft.statistics import (
     read_statistics,
     set_from_published,
 )
+from spatial_forcing.students.weights import assign, open_weights, read_tensors, renamed
 
 INDEX_FILE = "model.safetensors.index.json"
 HEADS = ("action_head", "proprio_projector")
@@ -156,7 +156,7 @@ def read_component(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged or truncated ({error}); copy it again.") from error
     if not isinstance(stored, dict) or not all(isinstance(v, Tensor) for v in stored.values()):
         raise CheckpointError(f"{path} holds no named tensors; it is no head of OpenVLA-OFT.")
-    return {name.removeprefix("module."): value for name, value in stored.items()}
+    return renamed(stored, lambda name: name.removeprefix("module."), path, torch.equal)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -169,7 +169,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if not index.is_file():
         if not single.is_file():
             raise CheckpointError(f"{folder} holds neither {INDEX_FILE} nor model.safetensors.")
-        with _open(single) as shard:
+        with open_weights(single) as shard:
             return dict.fromkeys(shard.keys(), single)
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -183,13 +183,6 @@ def weight_files(folder: Path) -> dict[str, Path]:
     return {key: folder / name for key, name in weight_map.items()}
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error}); download it again.") from error
-
-
 def _read_weights(student: Any, folder: Path) -> None:
     """Fill the student tensor by tensor: at no time more than one tensor is there twice."""
     files = weight_files(folder)
@@ -198,7 +191,7 @@ def _read_weights(student: Any, folder: Path) -> None:
     unused = keys.unused_shapes(student.config)
     _check_keys(folder, files, wanted, unused)
     dtype = getattr(torch, student.config.dtype)
-    for key, value in _tensors(files):
+    for key, value in read_tensors(files):
         entry = wanted.get(key)
         expected = unused[key] if entry is None else entry.shape([tuple(own[n].shape) for n in entry.ours])
         if tuple(value.shape) != expected:
@@ -209,29 +202,8 @@ def _read_weights(student: Any, folder: Path) -> None:
             student.unused[key] = value.to(dtype).clone()
             continue
         for name, part in zip(entry.ours, entry.read(value), strict=True):
-            _assign(student, name, part.to(dtype))
-    _assign(student, "vision.dino.embeddings.mask_token", torch.zeros(1, student.config.dino[0], dtype=dtype))
-
-
-def _tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    # A file opened anew for every tensor is mapped anew: pages that were read do not add up in memory.
-    for key in sorted(files, key=lambda key: (files[key].name, key)):
-        with _open(files[key]) as shard:
-            try:
-                value = shard.get_tensor(key)
-            except SafetensorError as error:
-                raise CheckpointError(f"{files[key]}: {key} cannot be read ({error}).") from error
-        yield key, value
-        del value
-
-
-def _assign(student: nn.Module, name: str, value: Tensor) -> None:
-    """Put a copy of `value` in the place of the parameter `name`."""
-    parent, _, leaf = name.rpartition(".")
-    module = student.get_submodule(parent)
-    old = getattr(module, leaf)
-    # Cloned: the tensor may be a view of the mapped file, or of the fused tensor it was cut from.
-    setattr(module, leaf, nn.Parameter(value.clone().contiguous(), requires_grad=old.requires_grad))
+            assign(student, name, part.to(dtype))
+    assign(student, "vision.dino.embeddings.mask_token", torch.zeros(1, student.config.dino[0], dtype=dtype))
 
 
 def _check_keys(
@@ -286,18 +258,23 @@ def load_film(student: Any, folder: Path, components: Mapping[str, Path], *, req
     else:  # scale and shift of 0: the vision towers as they were
         for entry in keys.film_entries(student.config):
             old = student.get_parameter(entry.ours[0])
-            _assign(student, entry.ours[0], torch.zeros(old.shape, dtype=old.dtype))
+            assign(student, entry.ours[0], torch.zeros(old.shape, dtype=old.dtype))
 
 
 def _read_film(student: Any, path: Path) -> None:
     """The vision towers with FiLM, which the released code saves whole, adapters unmerged."""
-    stored = merged_adapters(read_component(path))
+    # The file's names start at the wrapper around the backbone, or at the backbone.
+    stored = renamed(
+        merged_adapters(read_component(path)),
+        lambda name: f"{FILM}.{name.removeprefix(f'{FILM}.')}",
+        path,
+        torch.equal,
+    )
     own = dict(student.named_parameters())
     dtype = getattr(torch, student.config.dtype)
     towers = [e for e in keys.entries(student.config, own) if e.published.startswith(f"{FILM}.")]
     for entry in (*keys.film_entries(student.config), *towers):
-        # The file's names start at the wrapper around the backbone, or at the backbone.
-        value = stored.get(entry.published, stored.get(entry.published.removeprefix(f"{FILM}.")))
+        value = stored.get(entry.published)
         if value is None and entry in towers:
             continue  # only FiLM's own parameters must be here
         if value is None:
@@ -307,7 +284,7 @@ def _read_film(student: Any, path: Path) -> None:
                 raise CheckpointError(
                     f"{path}: {entry.published} gives {tuple(part.shape)}, expected {tuple(own[name].shape)}."
                 )
-            _assign(student, name, part.to(dtype))
+            assign(student, name, part.to(dtype))
 
 
 def merged_adapters(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spatial_forcing.errors import DataError
 from spatial_forcing.protocols import Batch, Metrics, Observation, TokenLayout
-from spatial_forcing.students.base import STUDENTS, evaluating
+from spatial_forcing.students.base import STUDENTS, ManyStatistics, evaluating, read_config
 from spatial_forcing.students.batches import ACTION, STATE, vector
 from spatial_forcing.students.heads import Generators
 from spatial_forcing.students.normalize import Stats
@@ -34,12 +34,12 @@ from spatial_forcing.students.openvla_oft.heads import (
 )
 from spatial_forcing.students.openvla_oft.memory import activation_bytes
 from spatial_forcing.students.openvla_oft.sequence import Prompts, TextTokens, assemble, gather, sinusoids
-from spatial_forcing.students.openvla_oft.statistics import Bounds, set_from_dataset
+from spatial_forcing.students.openvla_oft.statistics import Bounds, read_statistics, set_from_dataset
 from spatial_forcing.students.openvla_oft.vision import FiLMBlock, FusedVision
 from spatial_forcing.views import FRAME_PREFIX, GEOMETRY_PREFIX, IMAGE_PREFIX, Views, views_from_batch
 
 
-class OpenVLAOFT(nn.Module):
+class OpenVLAOFT(nn.Module, ManyStatistics):
     """Views, instruction and proprioception in, a chunk of actions out. Implements `protocols.Student`.
 
     Args:
@@ -283,6 +283,16 @@ class OpenVLAOFT(nn.Module):
         from spatial_forcing.students.openvla_oft.checkpoint import load
 
         return load(cls, folder, statistics=statistics)
+
+    @classmethod
+    def statistics_names(cls, folder: str | Path) -> tuple[str, ...]:
+        """The datasets in `dataset_statistics.json` (or `norm_stats` of `config.json`)."""
+        return tuple(read_statistics(Path(folder), read_config(folder, MODEL_TYPE)))
+
+    @classmethod
+    def with_statistics(cls, folder: str | Path, statistics: str) -> Self:
+        """See `from_pretrained`."""
+        return cls.from_pretrained(folder, statistics=statistics)
 
     @classmethod
     def from_base(cls, place: str | Path, settings: dict[str, Any]) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,9 @@ from torch import Tensor
 from spatial_forcing.errors import CheckpointError, DataError
 from spatial_forcing.precision import FixedPrecision
 from spatial_forcing.registry import did_you_mean
-from spatial_forcing.students.normalize import Stats
+from spatial_forcing.students.normalize import Stats, is_constant, widened
+
+logger = logging.getLogger(__name__)
 
 STATISTICS_FILE = "dataset_statistics.json"
 EPSILON = 1e-8
@@ -133,6 +136,8 @@ def set_from_dataset(
 ) -> None:
     """Fill `bounds` from a LeRobot dataset's statistics; dimensions `unscaled` pass unchanged.
 
+    A dimension that changes in so few frames that its quantiles are equal takes its minimum and maximum.
+
     Raises:
         DataError: the feature or a bound is missing, or has another size.
     """
@@ -144,4 +149,20 @@ def set_from_dataset(
         )
     mask = torch.ones_like(bounds.mask, device="cpu")
     mask[list(unscaled)] = False
-    bounds.set(stats[feature][first], stats[feature][second], mask, f"statistics of {feature!r}")
+    low, high = (
+        torch.as_tensor(stats[feature][name], dtype=torch.float64).flatten() for name in (first, second)
+    )
+    if norm == "quantile" and {"min", "max"} <= set(stats[feature]) and low.shape == bounds.low.shape:
+        extremes = (
+            torch.as_tensor(stats[feature][name], dtype=torch.float64).flatten() for name in ("min", "max")
+        )
+        wide_low, wide_high = widened(low, high, *extremes, feature=feature)
+        low, high = torch.where(mask, wide_low, low), torch.where(mask, wide_high, high)
+    bounds.set(low, high, mask, f"statistics of {feature!r}")
+    if bool((still := is_constant((high - low) / 2, low) & mask).any()):
+        logger.warning(
+            "%s: dimensions %s never change; they are normalised to 0 and come back as %s.",
+            feature,
+            still.nonzero().flatten().tolist(),
+            low[still].tolist(),
+        )

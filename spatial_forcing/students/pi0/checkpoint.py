@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.storage import replace_file, write_json
 from spatial_forcing.students.base import CONFIG_FILE, WEIGHTS_FILE, read_config
 from spatial_forcing.students.pi0.config import Pi0Config, Pi0Size, architecture
 from spatial_forcing.students.pi0.keys import to_openpi, to_transformers
+from spatial_forcing.students.weights import assign, read_tensor, weight_shapes
 
 if TYPE_CHECKING:
     from spatial_forcing.students.pi0.model import Pi0
@@ -49,18 +48,25 @@ def build_network(config: Pi0Config, seed: int, source: str | None) -> Any:
     # Buffers are computed, parameters get no memory before the file's are put in their place.
     with init_empty_weights(include_buffers=False):
         network = PI0ForConditionalGeneration(own)
-    weights = to_transformers(_read(path), network.state_dict(), str(path))
+    shapes = weight_shapes(path)
     expected = network.state_dict()
-    if reshaped := sorted(k for k, v in weights.items() if v.shape != expected[k].shape):
+    names = to_transformers(
+        {name: name for name in shapes},
+        expected,
+        str(path),
+        same=lambda a, b: torch.equal(read_tensor(path, a), read_tensor(path, b)),
+    )
+    if reshaped := sorted(k for k, name in names.items() if shapes[name] != tuple(expected[k].shape)):
         listed = "; ".join(
-            f"{k}: {tuple(weights[k].shape)} stored, {tuple(expected[k].shape)} expected"
-            for k in reshaped[:6]
+            f"{k}: {shapes[names[k]]} stored, {tuple(expected[k].shape)} expected" for k in reshaped[:6]
         )
         raise CheckpointError(
             f"{path} has {len(reshaped)} weights of another shape ({listed}); set `size` to the "
             "architecture it was trained with."
         )
-    network.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, strict=True, assign=True)
+    # One by one, so that no more than one tensor is there twice: in the file's type and in the model's.
+    for key in sorted(names, key=names.__getitem__):
+        assign(network, key, read_tensor(path, names[key]).to(dtype))
     return network
 
 
@@ -100,13 +106,6 @@ def _refuse_other_policies(path: Path) -> None:
             f"{path} describes a {kind!r} policy, not 'pi0'; for LeRobot's other policies use its plugin "
             "(docs/lerobot.md)."
         )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error}); copy it again.") from error
 
 
 def save(student: Pi0, folder: str | Path) -> None:

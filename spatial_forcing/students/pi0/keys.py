@@ -1,21 +1,21 @@
 """Names of pi0's weights: openpi's PyTorch layout, LeRobot's (`model.` before it), transformers'.
 
-Files hold the tied token embedding once, as `lm_head` (openpi, LeRobot) or `embed_tokens`; either restores
-both. Nothing may be missing or left over.
+Files hold the tied token embedding once, as `lm_head` (openpi, LeRobot) or `embed_tokens`, or twice and
+equal; either restores both. Nothing may be missing or left over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from spatial_forcing.errors import CheckpointError
+from spatial_forcing.students.weights import renamed
 
 T = TypeVar("T")
 
 PALIGEMMA = "paligemma_with_expert.paligemma."
 EXPERT = "paligemma_with_expert.gemma_expert."
-TIED = (PALIGEMMA + "lm_head.weight", PALIGEMMA + "model.language_model.embed_tokens.weight")
 _EMBED_ACTION = ("state_proj.", "action_in_proj.", "action_time_mlp_in.", "action_time_mlp_out.")
 _PI05 = ("time_mlp_in.", "time_mlp_out.")
 _SHOWN = 6
@@ -51,16 +51,19 @@ def rename(name: str, nested_vision: bool = False) -> str:
     raise CheckpointError(f"{name!r} is no weight of pi0; is this another model's checkpoint?")
 
 
-def to_transformers(stored: Mapping[str, T], own: Iterable[str], place: str) -> dict[str, T]:
+def to_transformers(
+    stored: Mapping[str, T], own: Iterable[str], place: str, same: Callable[[T, T], bool]
+) -> dict[str, T]:
     """Bring a checkpoint in any of the three layouts under transformers' names, ties restored.
 
     Args:
         stored: weights by name.
         own: the names that the model has.
         place: the file, for messages.
+        same: whether two weights are equal.
 
     Raises:
-        CheckpointError: weights are missing or left over, or are those of pi0.5.
+        CheckpointError: weights are missing or left over, are those of pi0.5, or two that are tied differ.
     """
     wanted = set(own)
     names = set(stored)
@@ -70,21 +73,17 @@ def to_transformers(stored: Mapping[str, T], own: Iterable[str], place: str) -> 
             "--policy.type=pi05_sf (see docs/lerobot.md)."
         )
     if any("vlm.language_model." in name for name in names):
-        renamed = {**stored}
+        result = {**stored}
     else:
         nested = any("vision_tower.vision_model." in name for name in wanted)
-        plain = {name.removeprefix("model."): value for name, value in stored.items()}
-        if TIED[0] in plain or TIED[1] in plain:
-            plain.setdefault(TIED[0], plain.get(TIED[1]))  # type: ignore[arg-type]
-            plain.pop(TIED[1], None)
-        renamed = {rename(name, nested): value for name, value in plain.items()}
-    missing, surplus = sorted(wanted - renamed.keys()), sorted(renamed.keys() - wanted)
+        result = renamed(stored, lambda name: rename(name.removeprefix("model."), nested), place, same)
+    missing, surplus = sorted(wanted - result.keys()), sorted(result.keys() - wanted)
     if missing or surplus:
         raise CheckpointError(
             f"{place} does not fit this pi0: {len(missing)} missing ({_some(missing)}), {len(surplus)} "
             f"surplus ({_some(surplus)}). Give the whole checkpoint, and the `size` it was trained with."
         )
-    return renamed
+    return result
 
 
 def to_openpi(state: Mapping[str, T]) -> dict[str, T]:
