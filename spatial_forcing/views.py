@@ -23,6 +23,8 @@ RANGE_TOLERANCE = 1 / 256
 
 IMAGE_PREFIX = "observation.images."
 FRAME_PREFIX = "frame."
+FRAME_VALID_SUFFIX = ".valid"
+"""`frame.<camera>.valid` (B, H, W) bool marks the picture in a stored frame that was letterboxed."""
 GEOMETRY_PREFIX = "geometry."
 
 
@@ -164,13 +166,14 @@ def views_from_batch(batch: Mapping[str, Any], cameras: Sequence[str]) -> Views:
     Reads `observation.images.<camera>` (B, 3, H, W), the student's augmented image, with the
     identity map. Where the data pipeline was told to keep the stored frame (cached teacher), it adds
     `frame.<camera>` (B, 3, H, W) and `geometry.<camera>` (B, 2, 3), the map from the student's image to
-    that frame, and both are used instead. `<image key>_is_pad` (B,) bool marks absent views;
+    that frame, and both are used instead; `frame.<camera>.valid` marks the picture in a letterboxed frame.
+    `<image key>_is_pad` (B,) bool marks absent views;
     `index` (B,) becomes the keys.
 
     Raises:
         DataError: a camera is missing from the batch; the message lists those that are there.
     """
-    images, maps, present = [], [], []
+    images, maps, present, valid = [], [], [], []
     for camera in cameras:
         key = IMAGE_PREFIX + camera
         if key not in batch:
@@ -181,6 +184,7 @@ def views_from_batch(batch: Mapping[str, Any], cameras: Sequence[str]) -> Views:
             )
         image = batch.get(FRAME_PREFIX + camera, batch[key])
         images.append(image)
+        valid.append(batch.get(FRAME_PREFIX + camera + FRAME_VALID_SUFFIX))
         maps.append(batch.get(GEOMETRY_PREFIX + camera, identity_map(len(image), device=image.device)))
         absent = batch.get(key + "_is_pad")
         present.append(
@@ -202,6 +206,7 @@ def views_from_batch(batch: Mapping[str, Any], cameras: Sequence[str]) -> Views:
         torch.stack(images, 1),
         cameras,
         present=torch.stack(present, 1),
+        valid=None if any(mask is None for mask in valid) else torch.stack(valid, 1),  # type: ignore[arg-type]
         student_to_view=torch.stack(maps, 1),
         keys=batch.get("index"),
     )

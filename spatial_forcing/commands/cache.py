@@ -32,6 +32,7 @@ class BuildOptions:
         dataset: LeRobot v3.0 dataset.
         output: folder of the cache.
         keys: `NAME=FEATURE` where the dataset calls a feature otherwise.
+        episodes: encode these only; default all.
         teacher: a registered name, a local checkpoint, or a hub id.
         cameras: ordered; default all of the dataset's.
         layers: of the teacher, negative from the end.
@@ -54,6 +55,7 @@ class BuildOptions:
     dataset: Path
     output: Path
     keys: tuple[str, ...] = ()
+    episodes: tuple[int, ...] | None = None
     teacher: str = "vggt-nano"
     cameras: tuple[str, ...] | None = None
     layers: tuple[int, ...] = (-1,)
@@ -86,7 +88,7 @@ def build(options: tyro.conf.OmitArgPrefixes[BuildOptions]) -> None:
     )
     build_cache(
         teacher,
-        dataset_source(dataset, options.cameras),
+        dataset_source(dataset, options.cameras, episodes=options.episodes),
         options.output,
         layers=options.layers,
         dtype=options.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from spatial_forcing.data import Dataset
 from spatial_forcing.data.check import check as find_problems
 from spatial_forcing.data.convert import CONVERTERS, load_converter
 from spatial_forcing.data.convert.run import convert as run_conversion
+from spatial_forcing.data.convert.run import read_log
 from spatial_forcing.data.info import STATS_FILE, parse_keys
 from spatial_forcing.data.recompute import recompute_stats
 from spatial_forcing.data.record import RecordConfig
@@ -90,4 +92,8 @@ def convert(prog: str, arguments: Sequence[str]) -> None:
     name, *rest = arguments
     settings = tyro.cli(load_converter(name), prog=f"{prog} {name}", args=rest)
     dataset = Dataset.open(run_conversion(settings))
-    Console().print(f"{len(dataset.episodes)} episodes, {len(dataset)} frames in {settings.output}")
+    console = Console(soft_wrap=True, highlight=False)
+    reasons = Counter(read_log(settings.output)["skipped"].values())
+    for reason, count in reasons.items():
+        console.print(f"{count} left out: {reason}", markup=False)
+    console.print(f"{len(dataset.episodes)} episodes, {len(dataset)} frames in {settings.output}")

@@ -128,7 +128,7 @@ def prepare(config: CompareConfig, dataset: Dataset, make: MakeEnv = make_env) -
     drafts = [train_config(config, cell, episodes=kept) for cell in plan]
     check_runs(config, dataset, drafts, make)
     caches = {
-        teacher: _cache(config, dataset, teacher, layers, drafts[0])
+        teacher: _cache(config, dataset, teacher, layers, drafts)
         for teacher, layers in teacher_layers(drafts).items()
     }
     return [
@@ -138,11 +138,19 @@ def prepare(config: CompareConfig, dataset: Dataset, make: MakeEnv = make_env) -
 
 
 def _cache(
-    config: CompareConfig, dataset: Dataset, teacher: str, layers: Sequence[int], run: TrainConfig
+    config: CompareConfig,
+    dataset: Dataset,
+    teacher: str,
+    layers: Sequence[int],
+    runs: Sequence[TrainConfig],
 ) -> Path:
+    """The cache that the runs of a teacher share: of the episodes that one of them is trained on."""
+    run = runs[0]
+    episodes = sorted({number for each in runs for number in select_episodes(dataset, each)})
     folder = config.output / "features" / teacher.replace("/", "--").replace(":", "-")
     cameras = run.student.cameras
-    source = dataset_source(dataset, cameras, dataset.store(cameras).images)
+    images = dataset.store(cameras, episodes=episodes).images
+    source = dataset_source(dataset, cameras, images, episodes)
     loaded = load_teacher(teacher, device=_device(run))
     build_cache(loaded, source, folder, layers=layers, cameras=cameras, batch_size=CACHE_BATCH)
     return folder

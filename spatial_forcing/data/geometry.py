@@ -6,6 +6,7 @@ A map takes the output's corner-to-corner coordinates to the source's (see `view
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,25 @@ def letterbox_map(source: Size, target: Size) -> Tensor:
     margin = (_pixels(target) - _pixels(source) / ratio) / 2
     scale = torch.full((2,), ratio, dtype=torch.float64)
     return from_pixels(torch.diag(scale), (0.5 - margin) * ratio - 0.5, source, target)
+
+
+def common_frame(sizes: Iterable[Size]) -> Size:
+    """The smallest frame that holds images of all `sizes`, in which a teacher encodes cameras together."""
+    heights, widths = zip(*sizes, strict=True)
+    return max(heights), max(widths)
+
+
+def letterboxed(images: Tensor, target: Size) -> tuple[Tensor, Tensor]:
+    """Fit images into `target`, aspect kept: uint8 (N, 3, *target), and a mask (*target) of the picture.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        target: (height, width).
+    """
+    source = (images.shape[-2], images.shape[-1])
+    maps = letterbox_map(source, target).expand(len(images), 2, 3)
+    picture = inside(sampling_grid(maps[:1], target), source)[0]
+    return (warp(images, maps, target) + 0.5).to(torch.uint8), picture
 
 
 def crop_map(

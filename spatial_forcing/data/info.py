@@ -152,6 +152,17 @@ class DatasetInfo:
         name = self.source(key)
         return self.video_file(name, row[f"videos/{name}/chunk_index"], row[f"videos/{name}/file_index"])
 
+    def split(self, name: str) -> range:
+        """Numbers of the episodes of a part. Raises `ConfigError` naming the parts there are."""
+        splits = self.splits or {"train": f"0:{self.total_episodes}"}
+        try:
+            start, stop = splits[name].split(":")
+            return range(int(start), int(stop))
+        except (KeyError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"split {name!r} is no range of episodes of this dataset; meta/info.json has {splits}."
+            ) from error
+
     def source(self, key: str) -> str:
         """The name of the image feature `key` in the files."""
         return self.sources.get(key, (key,))[0]

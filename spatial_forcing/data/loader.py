@@ -19,11 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spatial_forcing.data.augment import Augment, Draw, colour_jitter
-from spatial_forcing.data.geometry import Size, letterbox_map, warp
+from spatial_forcing.data.geometry import Size, common_frame, letterbox_map, letterboxed, warp
 from spatial_forcing.data.reader import Dataset
 from spatial_forcing.data.store import DecodedStore, store_bytes
 from spatial_forcing.errors import ConfigError, DataError
-from spatial_forcing.views import FRAME_PREFIX, GEOMETRY_PREFIX, IMAGE_PREFIX, compose
+from spatial_forcing.views import (
+    FRAME_PREFIX,
+    FRAME_VALID_SUFFIX,
+    GEOMETRY_PREFIX,
+    IMAGE_PREFIX,
+    compose,
+    invert,
+)
 
 STORE_LIMIT = 32 * 2**30
 """Datasets whose decoded frames take more bytes than this are decoded frame by frame instead."""
@@ -84,7 +91,9 @@ class BatchLoader:
         self._stops = np.array([episode.stop for episode in dataset.episodes])
         if decoded is None:
             decoded = store_bytes(dataset, self.cameras) <= STORE_LIMIT
-        self._store: DecodedStore | None = dataset.store(self.cameras, progress=progress) if decoded else None
+        self._store: DecodedStore | None = (
+            dataset.store(self.cameras, progress=progress, episodes=episodes) if decoded else None
+        )
         # One cache a loader, so that it dies with the loader.
         self._permutation = lru_cache(maxsize=4)(self._draw_permutation)
 
@@ -185,9 +194,18 @@ class BatchLoader:
             image = (image + 0.5).to(torch.uint8)  # bilinear weights cannot leave [0, 255]
         batch[IMAGE_PREFIX + camera] = image
         if self.keep_frames:
-            batch[FRAME_PREFIX + camera] = frames
             identity = letterbox.expand(len(index), 2, 3).clone()
-            batch[GEOMETRY_PREFIX + camera] = identity if maps is None else maps
+            self._keep_frame(batch, camera, frames, identity if maps is None else maps)
+
+    def _keep_frame(self, batch: dict[str, Any], camera: str, frames: Tensor, maps: Tensor) -> None:
+        """The frames as a cache holds them: cameras of several sizes are letterboxed to one."""
+        target = common_frame(self._frame_sizes.values())
+        if len(set(self._frame_sizes.values())) > 1:
+            frames, picture = letterboxed(frames, target)
+            batch[FRAME_PREFIX + camera + FRAME_VALID_SUFFIX] = picture.expand(len(frames), *target).clone()
+            maps = compose(invert(letterbox_map(self._frame_sizes[camera], target)), maps)
+        batch[FRAME_PREFIX + camera] = frames
+        batch[GEOMETRY_PREFIX + camera] = maps
 
     def _frames(self, index: NDArray[np.int64], camera: str) -> NDArray[np.uint8]:
         if self._store is not None:

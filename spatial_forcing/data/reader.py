@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 OPEN_COLUMNS = 16
 """Image columns of recently read row groups that stay in memory."""
+TRIED = 3
+"""Episodes of which one frame is tried until one can be decoded."""
 OPEN_VIDEOS = 16
 """Video files that stay open."""
 
@@ -203,12 +205,9 @@ class Dataset:
         episode = self.episode_of(index)
         try:
             with self._lock:
-                if self.info.is_video(key):
-                    pixels = self._video_frame(episode, key, index)
-                else:
-                    pixels = decode_colour(self._encoded_image(episode, key, index))
-            if pixels.shape[:2] != (size := self.info.frame_size(camera)):
-                raise DataError(f"it is {pixels.shape[:2]} pixels, meta/info.json says {size}.")
+                pixels = self._decoded(episode, key, index)
+            if wrong := self._wrong_size(camera, pixels):
+                raise DataError(wrong)
             return pixels
         except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on damaged files
             raise DataError(
@@ -286,11 +285,14 @@ class Dataset:
         cameras: Sequence[str] | None = None,
         size: int | None = None,
         progress: bool = True,
+        episodes: Sequence[int] | None = None,
     ) -> DecodedStore:
-        """The decoded store beside the dataset, built or completed first; see `store.DecodedStore`."""
+        """The decoded store of the dataset, built or completed first; see `store.DecodedStore`."""
         from spatial_forcing.data.store import DecodedStore
 
-        return DecodedStore.build(self, cameras or self.cameras, size=size, progress=progress)
+        return DecodedStore.build(
+            self, cameras or self.cameras, episodes=episodes, size=size, progress=progress
+        )
 
     def source_files(self, cameras: Sequence[str]) -> list[Path]:
         """Every file that holds frames of `cameras`."""
@@ -315,9 +317,31 @@ class Dataset:
         return joined
 
     def _compare_frames(self) -> None:
-        """Read the first frame of every camera, whose size must be the one in `meta/info.json`."""
-        for camera in self.cameras:
-            self.image(0, camera)
+        """A frame of every camera must have the size that `meta/info.json` gives.
+
+        A frame that cannot be decoded is no reason to refuse the dataset: its episode may be left out.
+        """
+        for camera, key in self.info.cameras.items():
+            for episode in self.episodes[:TRIED]:
+                try:
+                    pixels = self._decoded(episode, key, episode.start)
+                except (OSError, ValueError, SyntaxError):
+                    continue
+                if wrong := self._wrong_size(camera, pixels):
+                    raise DataError(
+                        f"{self.root}: episode {episode.index}, frame 0, camera {camera!r}: {wrong} Correct "
+                        "the shape and names of the feature there."
+                    )
+                break
+
+    def _decoded(self, episode: Episode, key: str, index: int) -> NDArray[np.uint8]:
+        if self.info.is_video(key):
+            return self._video_frame(episode, key, index)
+        return decode_colour(self._encoded_image(episode, key, index))
+
+    def _wrong_size(self, camera: str, pixels: NDArray[np.uint8]) -> str:
+        wanted, found = self.info.frame_size(camera), pixels.shape[:2]
+        return "" if found == wanted else f"it is {found} pixels, meta/info.json says {wanted}."
 
     def _scalar(self, key: str) -> NDArray[Any]:
         return np.array(to_numpy(self._table[key], (1,)))

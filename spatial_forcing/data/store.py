@@ -12,6 +12,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -105,13 +106,22 @@ class DecodedStore:
         cameras: names, as asked for.
     """
 
-    def __init__(self, cameras: tuple[str, ...], rows: dict[str, NDArray[np.uint8]]) -> None:
+    def __init__(
+        self, cameras: tuple[str, ...], rows: dict[str, NDArray[np.uint8]], decoded: NDArray[np.bool_]
+    ) -> None:
         self.cameras = cameras
         self._rows = rows
+        self._decoded = decoded
 
     @classmethod
     def build(
-        cls, dataset: Dataset, cameras: Sequence[str], *, size: int | None = None, progress: bool = True
+        cls,
+        dataset: Dataset,
+        cameras: Sequence[str],
+        *,
+        episodes: Sequence[int] | None = None,
+        size: int | None = None,
+        progress: bool = True,
     ) -> Self:
         """Open the store (see `store_folder`), decoding first what is missing.
 
@@ -120,6 +130,7 @@ class DecodedStore:
         Args:
             dataset: the source.
             cameras: names.
+            episodes: decode these only; a damaged frame of another one does no harm. Default: all.
             size: reduce frames so that the longer side has this many pixels (aspect kept); None keeps them.
             progress: show a progress bar on stderr.
 
@@ -134,7 +145,8 @@ class DecodedStore:
             name = f"{camera}-{shape[1]}x{shape[2]}"
             files[camera] = _CameraFile(folder / f"{name}.u8", folder / f"{name}.json", shape)
         with exclusive(folder, wait=True, doing="decoding"):
-            plans = {camera: _missing(dataset, camera, file) for camera, file in files.items()}
+            wanted = {e.index for e in dataset.episodes} if episodes is None else set(episodes)
+            plans = {camera: _missing(dataset, camera, file, wanted) for camera, file in files.items()}
             frames = {c: sum(dataset.episodes[e].length for e in plan) for c, plan in plans.items()}
             needed = sum(frames[c] * int(np.prod(file.shape[1:])) for c, file in files.items())
             if needed:
@@ -143,15 +155,20 @@ class DecodedStore:
                 task = bar.add_task("decoding frames", total=sum(frames.values()))
                 for camera, file in files.items():
                     _fill(dataset, camera, file, plans[camera], lambda n: bar.advance(task, n))
-        return cls(tuple(cameras), {camera: file.rows("r") for camera, file in files.items()})
+        decoded = np.isin(dataset.episode_index, sorted(wanted))
+        return cls(tuple(cameras), {camera: file.rows("r") for camera, file in files.items()}, decoded)
 
     def images(self, indices: Sequence[int] | NDArray[np.integer[Any]], camera: str) -> NDArray[np.uint8]:
         """Copies of frames, (n, H, W, 3) uint8, by absolute index.
 
         Raises:
-            DataError: a camera that is not in this store.
+            DataError: a camera or an episode that is not in this store.
         """
-        return np.ascontiguousarray(self._of(camera)[np.asarray(indices, dtype=np.int64)])
+        index = np.asarray(indices, dtype=np.int64)
+        if not self._decoded[index].all():
+            absent = index[~self._decoded[index]].tolist()
+            raise DataError(f"frames {absent[:5]} are of episodes that this store was built without.")
+        return np.ascontiguousarray(self._of(camera)[index])
 
     def frame_size(self, camera: str) -> tuple[int, int]:
         """(height, width) of the stored frames."""
@@ -185,16 +202,20 @@ def verify_store(dataset: Dataset) -> list[tuple[int, str]]:
     return broken
 
 
-def _missing(dataset: Dataset, camera: str, file: _CameraFile) -> dict[int, str]:
-    """Episodes to decode -> hash of their source; forgets entries that no longer hold."""
+def _missing(dataset: Dataset, camera: str, file: _CameraFile, wanted: set[int]) -> dict[int, str]:
+    """Episodes of `wanted` to decode -> hash of their source; forgets entries that no longer hold."""
     header = file.read_header()
     sources = _sources(dataset, camera)
     entries: dict[str, Any] = header["episodes"]
-    numbers = {str(episode.index) for episode in dataset.episodes}
+    numbers = {str(number) for number in wanted}
     there = file.rows_on_disk()
-    if header["sources"] == sources and set(entries) == numbers and there == len(dataset):
+    if header["sources"] == sources and numbers <= set(entries) and there == len(dataset):
         return {}
-    hashes = {str(e.index): dataset.content_hash(e.index, [camera]) for e in dataset.episodes}
+    hashes = {}
+    for number in sorted(wanted | {int(n) for n in entries if int(n) < len(dataset.episodes)}):
+        # An episode that nobody asks for may be damaged; it is only forgotten.
+        with nullcontext() if number in wanted else suppress(DataError):
+            hashes[str(number)] = dataset.content_hash(number, [camera])
     starts = {str(e.index): e.start for e in dataset.episodes if e.stop <= there}
     kept = {
         number: entry
@@ -202,7 +223,7 @@ def _missing(dataset: Dataset, camera: str, file: _CameraFile) -> dict[int, str]
         if entry["hash"] == hashes.get(number) and entry["start"] == starts.get(number)
     }
     write_json(file.header, {**header, "sources": None, "episodes": kept})
-    if set(kept) == numbers:
+    if numbers <= set(kept):
         write_json(file.header, {**header, "sources": sources, "episodes": kept})
     return {int(number): hashes[number] for number in sorted(numbers - set(kept), key=int)}
 

@@ -76,6 +76,49 @@ def join_videos(parts: Sequence[Path], lengths: Sequence[int], fps: int, target:
     os.replace(beside, target)
 
 
+def codec_parameters(path: Path) -> tuple[Any, ...]:
+    """What two videos must have in common for their packets to follow each other in one file.
+
+    Raises:
+        DataError: it is missing or truncated.
+    """
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        return context.name, context.width, context.height, context.pix_fmt, bytes(context.extradata or b"")
+
+
+def first_frames(path: Path, count: int, fps: int) -> bytes | None:
+    """An mp4 of the first `count` frames by copying packets; None where that cannot be done.
+
+    It can where frame i is shown at i / fps seconds, and no packet behind the last frame is needed by one of
+    them.
+
+    Raises:
+        DataError: it is missing or truncated.
+    """
+    with _opened(path) as source:
+        stream = source.streams.video[0]
+        packets = [packet for packet in source.demux(stream) if packet.pts is not None]
+        base = stream.time_base
+        times = sorted(float(packet.pts * base) for packet in packets)
+        if len(times) < count or any(abs(t * fps - i) > 0.01 for i, t in enumerate(times[:count])):
+            return None
+        if len(times) == count:
+            return path.read_bytes()
+        end = (count - 0.5) / fps
+        kept = [packet for packet in packets if float(packet.pts * base) < end]
+        if kept != packets[: len(kept)]:
+            return None
+        buffer = io.BytesIO()
+        with av.open(buffer, "w", format="mp4") as output:
+            copy = output.add_stream_from_template(stream)
+            for packet in kept:
+                packet.stream = copy
+                output.mux(packet)
+        return buffer.getvalue()
+
+
 def packets_digest(path: Path, start: float, stop: float, fps: int) -> str:
     """SHA-256 of the encoded packets shown in [start, stop) seconds; joining does not change it."""
     digest = hashlib.sha256()

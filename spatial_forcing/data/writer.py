@@ -38,7 +38,7 @@ from spatial_forcing.data.tables import (
     write_table,
     write_tasks,
 )
-from spatial_forcing.data.video import join_videos
+from spatial_forcing.data.video import codec_parameters, join_videos
 from spatial_forcing.errors import DataError
 from spatial_forcing.storage import write_json
 
@@ -92,11 +92,6 @@ class DatasetWriter:
             DataError: the folder holds something already.
             ConfigError: a wrong setting.
         """
-        root = Path(root)
-        if root.exists() and any(root.iterdir()):
-            raise DataError(
-                f"{root} is not empty; continue it with DatasetWriter.resume, or choose another folder."
-            )
         features = make_features(
             cameras,
             state_dim,
@@ -116,6 +111,20 @@ class DatasetWriter:
             data_files_size_in_mb=data_files_size_in_mb,
             video_files_size_in_mb=video_files_size_in_mb,
         )
+        return cls.start(root, info)
+
+    @classmethod
+    def start(cls, root: str | Path, info: DatasetInfo) -> Self:
+        """Start the dataset that `info` describes in an empty or new folder.
+
+        Raises:
+            DataError: the folder holds something already.
+        """
+        root = Path(root)
+        if root.exists() and any(root.iterdir()):
+            raise DataError(
+                f"{root} is not empty; continue it with DatasetWriter.resume, or choose another folder."
+            )
         info.save(root)
         return cls(root, info, [], [])
 
@@ -167,7 +176,7 @@ class DatasetWriter:
         """Stage an episode that an `EpisodeEncoder`, perhaps of another process, has finished."""
         number, length = self.num_episodes, len(episode)
         self._tasks.extend(t for t in dict.fromkeys(episode.tasks) if t not in self._tasks)
-        columns = {**episode.columns, **self._bookkeeping(episode)}
+        columns = {**self._bookkeeping(episode), **episode.columns}
         stats = {**episode.stats, **{key: vector_stats(columns[key]) for key in BOOKKEEPING}}
         for key, content in episode.videos.items():
             path = _staged_path(self.root, number, f".{key}.mp4")
@@ -265,7 +274,8 @@ class DatasetWriter:
         files = [_staged_path(self.root, row["episode_index"], f".{key}.mp4") for row in rows]
         prefix = f"videos/{key}/"
         place = self._next_file(committed, prefix)
-        for group in _groups(files, self.info.video_files_size_in_mb):
+        # Packets are copied, which needs one encoding in a file.
+        for group in _groups(files, self.info.video_files_size_in_mb, [codec_parameters(f) for f in files]):
             lengths = [rows[i]["length"] for i in group]
             target = self.root / self.info.video_file(key, *place)
             join_videos([files[i] for i in group], lengths, self.info.fps, target)
@@ -320,13 +330,16 @@ def dataset_stats(root: Path, info: DatasetInfo, rows: Sequence[dict[str, Any]])
     return stats
 
 
-def _groups(files: Sequence[Path], megabytes: float) -> Iterator[list[int]]:
-    """Runs of consecutive files that together stay below `megabytes` (a larger one stands alone)."""
+def _groups(
+    files: Sequence[Path], megabytes: float, kinds: Sequence[Any] | None = None
+) -> Iterator[list[int]]:
+    """Runs of consecutive files of one kind that stay below `megabytes` (a larger file stands alone)."""
     group: list[int] = []
     size = 0
     for i, file in enumerate(files):
         length = file.stat().st_size
-        if group and size + length > megabytes * MEGABYTE:
+        other = kinds is not None and group and kinds[group[-1]] != kinds[i]
+        if group and (other or size + length > megabytes * MEGABYTE):
             yield group
             group, size = [], 0
         group.append(i)

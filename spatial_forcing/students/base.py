@@ -71,8 +71,9 @@ def statistics_names(folder: str | Path) -> tuple[str, ...]:
     stored = read_json(folder)
     if "model_type" not in stored and (Path(folder) / POLICY / CONFIG_FILE).exists():
         return statistics_names(Path(folder) / POLICY)
-    kind = stored.get("model_type")
-    family: type = STUDENTS[kind] if kind in STUDENTS else object
+    if stored.get("model_type") not in STUDENTS:
+        return ()
+    family = STUDENTS[stored["model_type"]]
     return family.statistics_names(folder) if issubclass(family, ManyStatistics) else ()
 
 

@@ -141,6 +141,13 @@ class CachedTeacher:
     def __len__(self) -> int:
         return int((self._table[:, 1] - self._table[:, 0]).sum())
 
+    def holds(self, keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the frames `keys` (n,) are cached, (n,) bool."""
+        line = np.searchsorted(self._table[:, 0], keys, side="right") - 1
+        found: NDArray[np.bool_] = line >= 0
+        found[found] = keys[found] < self._table[line[found], 1]
+        return found
+
     def to(self, device: torch.device | str) -> Self:
         """Deliver features on `device`."""
         self.device = torch.device(device)
@@ -194,14 +201,12 @@ class CachedTeacher:
 
     def _locate(self, keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shard and row of every frame, (B,) each."""
-        line = np.searchsorted(self._table[:, 0], keys, side="right") - 1
-        found = line >= 0
-        found[found] = keys[found] < self._table[line[found], 1]
-        if not found.all():
+        if not (found := self.holds(keys)).all():
             raise DataError(
                 f"frames {sorted(set(keys[~found].tolist()))} are not in {self.folder}, which holds "
                 f"{len(self)} frames of {self.header.dataset}; build it again to add what is new."
             )
+        line = np.searchsorted(self._table[:, 0], keys, side="right") - 1
         first, _, shard, row = self._table[line].T
         return shard, row + keys - first
 

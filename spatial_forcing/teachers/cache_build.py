@@ -29,7 +29,7 @@ from spatial_forcing.teachers.cache_format import (
     leftovers,
     read_shards,
 )
-from spatial_forcing.teachers.cache_source import FrameSource, SourceEpisode
+from spatial_forcing.teachers.cache_source import FrameSource, SourceEpisode, wanted_episodes
 from spatial_forcing.teachers.cache_write import Encoder, ShardWriter, read_views, spread_frames
 from spatial_forcing.teachers.vggt.aggregator import resolve_layers
 
@@ -90,7 +90,7 @@ def build_cache(
     Raises:
         ConfigError: unknown camera, dtype, layer or number of channels.
         DataError: the folder holds the cache of another teacher, camera tuple, layers, dtype, channels or
-            dataset (both are named), episodes have changed (named), cameras differ in frame size.
+            dataset (both are named), or episodes have changed (named).
         EnvironmentSetupError: not enough disk space (nothing was written), the disk filled up (completed
             shards are kept), another process is building here.
     """
@@ -259,7 +259,7 @@ def _check_settings(source: FrameSource, names: tuple[str, ...], dtype: str, bat
         raise ConfigError(f"cache dtype is {dtype!r}; choose from {', '.join(DTYPES)}.")
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; expected at least 1.")
-    if not source.episodes:
+    if not wanted_episodes(source):
         raise DataError(f"{source.identity} has no episodes; there is nothing to cache.")
 
 
@@ -268,7 +268,7 @@ def _header(
 ) -> CacheHeader:
     """The header of this build; equal, but for what a build finds out, to one on disk."""
     teacher, source = encoder.teacher, encoder.source
-    first = np.array([min(source.episodes).first])
+    first = np.array([wanted_episodes(source)[0].first])
     views, _ = read_views(source, first, encoder.cameras)
     (features, *_) = teacher.features(views, encoder.layers[:1])
     header = CacheHeader(
@@ -352,7 +352,7 @@ def _drop_changed(
 
 def _missing(source: FrameSource, shards: Sequence[Shard]) -> list[SourceEpisode]:
     done = {entry.episode for shard in shards for entry in shard.episodes}
-    return [episode for episode in sorted(source.episodes) if episode.episode not in done]
+    return [episode for episode in wanted_episodes(source) if episode.episode not in done]
 
 
 def _groups(
@@ -379,7 +379,7 @@ def measure_fidelity(encoder: Encoder, header: CacheHeader, folder: Path) -> Non
 
     # They are encoded once more: a small dataset would spend its build on them.
     least, most = FIDELITY_FRAMES
-    share = sum(episode.length for episode in encoder.source.episodes) // 100
+    share = sum(episode.length for episode in wanted_episodes(encoder.source)) // 100
     picked = spread_frames(encoder.source, min(most, max(least, share)))
     cached = CachedTeacher(folder, all_channels=True)
     fresh_parts: dict[int, list[Tensor]] = {layer: [] for layer in header.layers}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from spatial_forcing.errors import DataError
 
 Indices = NDArray[np.int64]
 Images = Callable[[Indices, str], NDArray[np.uint8]]
@@ -49,6 +52,11 @@ class FrameSource(Protocol):
         """The episode table."""
         ...
 
+    @property
+    def wanted(self) -> Collection[int] | None:
+        """Numbers of the episodes that are encoded; None: all."""
+        ...
+
     def images(self, indices: Indices, camera: str) -> NDArray[np.uint8]:
         """Frames, (n, H, W, 3) uint8; anything where the camera is absent."""
         ...
@@ -56,6 +64,11 @@ class FrameSource(Protocol):
     def present(self, indices: Indices, camera: str) -> NDArray[np.bool_]:
         """(n,) bool: whether the camera was recorded in these frames."""
         ...
+
+
+def wanted_episodes(source: FrameSource) -> list[SourceEpisode]:
+    """The episodes of `source` that are encoded, in order of their frames."""
+    return sorted(e for e in source.episodes if source.wanted is None or e.episode in source.wanted)
 
 
 class DatasetLike(Protocol):
@@ -88,13 +101,22 @@ class DatasetLike(Protocol):
 class DatasetSource:
     """A LeRobot dataset as `FrameSource`; every camera is present in every frame."""
 
-    def __init__(self, dataset: DatasetLike, cameras: Sequence[str], images: Images | None) -> None:
+    def __init__(
+        self,
+        dataset: DatasetLike,
+        cameras: Sequence[str],
+        images: Images | None,
+        episodes: Sequence[int] | None = None,
+    ) -> None:
         self.identity = str(dataset.root)
         self.cameras = tuple(cameras)
-        self.episodes = [
-            SourceEpisode(e.start, e.length, e.index, dataset.content_hash(e.index, self.cameras))
-            for e in dataset.episodes
-        ]
+        self.episodes = []
+        self.wanted = None if episodes is None else frozenset(episodes)
+        for e in dataset.episodes:
+            # An episode that is left out may be damaged.
+            with nullcontext() if self.wanted is None or e.index in self.wanted else suppress(DataError):
+                digest = dataset.content_hash(e.index, self.cameras)
+                self.episodes.append(SourceEpisode(e.start, e.length, e.index, digest))
         self._dataset, self._images = dataset, images
 
     def images(self, indices: Indices, camera: str) -> NDArray[np.uint8]:
@@ -109,7 +131,10 @@ class DatasetSource:
 
 
 def dataset_source(
-    dataset: DatasetLike, cameras: Sequence[str] | None = None, images: Images | None = None
+    dataset: DatasetLike,
+    cameras: Sequence[str] | None = None,
+    images: Images | None = None,
+    episodes: Sequence[int] | None = None,
 ) -> DatasetSource:
     """Read a cache's frames from `dataset`.
 
@@ -117,5 +142,6 @@ def dataset_source(
         dataset: an opened `spatial_forcing.data.Dataset`; its episodes are hashed here.
         cameras: default all of them, in the dataset's order.
         images: a faster way to the same frames, such as `dataset.store(cameras).images`.
+        episodes: encode these only; a cache may hold others of the dataset as well. Default: all.
     """
-    return DatasetSource(dataset, cameras if cameras is not None else dataset.cameras, images)
+    return DatasetSource(dataset, cameras if cameras is not None else dataset.cameras, images, episodes)

@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spatial_forcing.data.geometry import common_frame, letterboxed
 from spatial_forcing.errors import DataError
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.teachers.cache_basis import Basis
 from spatial_forcing.teachers.cache_format import CachedEpisode, CacheHeader, Shard, checksum, encode_rows
-from spatial_forcing.teachers.cache_source import FrameSource, SourceEpisode
+from spatial_forcing.teachers.cache_source import FrameSource, SourceEpisode, wanted_episodes
 from spatial_forcing.views import Views
 
 READ_AHEAD = 2
@@ -32,25 +33,26 @@ def read_views(
 ) -> tuple[Views, NDArray[np.bool_]]:
     """The frames `indices` and their (n, V) present views.
 
-    Raises:
-        DataError: the cameras differ in size.
+    Cameras of several sizes are letterboxed to one, as a student and its live teacher see them.
     """
     present = np.stack([source.present(indices, camera) for camera in cameras], axis=1)
     images = [source.images(indices, camera) for camera in cameras]
-    if len({image.shape for image in images}) != 1:
-        sizes = {camera: image.shape[1:3] for camera, image in zip(cameras, images, strict=True)}
-        raise DataError(
-            f"cameras of {source.identity} differ in size ({sizes}) and cannot be encoded together; "
-            "give `dataset_source` an `images` function that resizes them."
-        )
-    pixels = torch.from_numpy(np.stack(images, axis=1)).movedim(-1, 2)
+    frames = [torch.from_numpy(image).movedim(-1, 1) for image in images]
+    sizes = {(frame.shape[-2], frame.shape[-1]) for frame in frames}
+    valid = None
+    if len(sizes) > 1:
+        frames, pictures = zip(*(letterboxed(frame, common_frame(sizes)) for frame in frames), strict=True)  # type: ignore[assignment]
+        valid = torch.stack(pictures).expand(len(indices), len(cameras), *common_frame(sizes))
     keys = torch.from_numpy(indices.astype(np.int64))
-    return Views.create(pixels, cameras, present=torch.from_numpy(present), keys=keys), present
+    views = Views.create(
+        torch.stack(list(frames), 1), cameras, present=torch.from_numpy(present), valid=valid, keys=keys
+    )
+    return views, present
 
 
 def spread_frames(source: FrameSource, count: int) -> NDArray[np.int64]:
     """At most `count` frame indices, evenly over the dataset."""
-    every = np.concatenate([np.arange(e.first, e.first + e.length) for e in sorted(source.episodes)])
+    every = np.concatenate([np.arange(e.first, e.first + e.length) for e in wanted_episodes(source)])
     return every[np.linspace(0, len(every) - 1, min(count, len(every))).astype(int)]
 
 

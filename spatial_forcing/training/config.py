@@ -78,6 +78,7 @@ class TrainConfig:
         seed: of the new student's weights, the batches, the augmentation and the noise.
         fraction: part of each task's demonstrations that is used, in (0, 1]; smaller sets are nested.
         episodes: these episodes only (before `fraction`); None: all.
+        split: the episodes of this part of the dataset only (`splits` in its meta/info.json).
         augment: random crops and colours; None: none.
         mixed_precision: "bf16" autocasts the forward pass.
         shard: split parameters, gradients and moments over all processes (FSDP2) instead of holding all of
@@ -114,6 +115,7 @@ class TrainConfig:
     seed: int = 0
     fraction: float = 1.0
     episodes: tuple[int, ...] | None = None
+    split: str | None = None
     augment: Augment | None = None
     mixed_precision: Literal["no", "bf16"] = "no"
     shard: bool = False

@@ -142,6 +142,8 @@ class Trainer:
             if found is not None:
                 self._load_weights(found)
             self._prepare()
+            if found is not None:
+                self._load_state(found)
             title = f"train {self.config.output.name}"
             self.log = MetricLog(self.config.output / METRICS, self.step) if self._main else None
             with (
@@ -150,8 +152,8 @@ class Trainer:
             ):
                 self.bar = bar
                 if found is not None:
-                    self._load_state(found)
                     bar.say(f"resuming {self.config.output} after step {self.step} of {self.config.steps}")
+                    self._restate_schedule(files.read_state(found.folder).config["steps"])
                     self._call(on_checkpoint, found, stop)
                 self._loop(stop, on_checkpoint)
         return self._finish()
@@ -363,8 +365,6 @@ class Trainer:
         try:
             self.placement.load_optimizer(self._bare_optimizer, states["optimizer"])
             self.scheduler.load_state_dict(states["scheduler"])
-            if state.config["steps"] != self.config.steps:
-                self._restate_schedule(state.config["steps"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(
                 f"{found.folder / files.OPTIMIZER} does not fit these parameters ({error}); "
@@ -373,11 +373,12 @@ class Trainer:
         files.set_rng_state(files.load_tensors(found.folder / self._rng_file))
 
     def _restate_schedule(self, before: int) -> None:
-        """Give the next step the learning rate of the extended schedule, and say so."""
+        """After a checkpoint of a run of `before` steps: go on with the present schedule, and say so."""
+        if before == self.config.steps:
+            return
         optim = self.config.optim
         old, new = (optim.lr * lr_factor(optim, self.step, steps) for steps in (before, self.config.steps))
-        for group in self._bare_optimizer.param_groups:
-            group["lr"] = new
+        self.scheduler = make_scheduler(self._bare_optimizer, optim, self.config.steps, done=self.step)
         self.bar.say(
             f"extended from {before} to {self.config.steps} steps: the {optim.decay} schedule is that of "
             f"{self.config.steps} steps, so the learning rate of the next step is {new:.3g} instead of "

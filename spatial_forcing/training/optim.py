@@ -108,6 +108,6 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> AdamW:
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
-def make_scheduler(optimizer: Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
-    """The schedule; step it once an optimizer step, whatever the number of processes."""
-    return LambdaLR(optimizer, lambda step: lr_factor(config, step, steps))
+def make_scheduler(optimizer: Optimizer, config: OptimConfig, steps: int, done: int = 0) -> LambdaLR:
+    """The schedule after `done` steps; step it once an optimizer step, whatever the number of processes."""
+    return LambdaLR(optimizer, lambda step: lr_factor(config, step, steps), last_epoch=done - 1)

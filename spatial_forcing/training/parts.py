@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -156,10 +156,13 @@ def open_cache(config: TrainConfig, folder: Path, dataset: Dataset) -> CachedTea
             f"cache {folder} holds features of {cached.name!r}, and teacher is {config.teacher!r}; "
             "build that teacher's cache, or name the cached one."
         )
-    if config.episodes is None and len(cached) < len(dataset):
+    index = np.concatenate(
+        [np.arange(e.start, e.stop) for e in (dataset.episodes[n] for n in select_episodes(dataset, config))]
+    )
+    if not (held := cached.holds(index)).all():
         raise ConfigError(
-            f"cache {folder} holds {len(cached)} of the {len(dataset)} frames of {config.dataset}; "
-            "run `spatial-forcing cache build` again, it adds what is missing."
+            f"cache {folder} holds {int(held.sum())} of the {len(index)} frames of {config.dataset} that the "
+            "run is trained on; run `spatial-forcing cache build` again, it adds what is missing."
         )
     if not PartialState(cpu=config.cpu).is_main_process:
         return cached
@@ -212,9 +215,12 @@ def select_episodes(dataset: Dataset, config: TrainConfig) -> list[int]:
     The choice depends on neither the seed nor the order of tasks, so that arms and seeds share it.
 
     Raises:
-        ConfigError: an episode that the dataset does not have.
+        ConfigError: an episode or a split that the dataset does not have.
     """
-    wanted = range(len(dataset.episodes)) if config.episodes is None else config.episodes
+    wanted: Sequence[int] = range(len(dataset.episodes)) if config.episodes is None else config.episodes
+    if config.split is not None:
+        part = dataset.info.split(config.split)
+        wanted = [number for number in wanted if number in part]
     missing = [number for number in wanted if not 0 <= number < len(dataset.episodes)]
     if missing:
         raise ConfigError(

@@ -120,7 +120,7 @@ def test_tasks_that_nothing_was_trained_for_are_named(rooms, tmp_path):
     named = settings(rooms, tmp_path, tasks=("reach-v3", "libero_spatial-0"))
     (said,) = untrained_tasks(named, dataset)
     assert "has no demonstration of reach-v3: no arm was trained for it" in said
-    dataset.tasks.append(INSTRUCTIONS["reach-v3"])
+    dataset.tasks[7] = INSTRUCTIONS["reach-v3"]
     assert untrained_tasks(named, dataset) == []
 
 

@@ -17,6 +17,7 @@ class FakeSource:
 
     cameras = CAMERAS
     size = 20
+    wanted = None
 
     def __init__(self, lengths=LENGTHS, absent=()):
         starts = np.cumsum([0, *lengths])

@@ -250,10 +250,6 @@ def test_wrong_settings_are_refused_before_anything_is_written(source, folder):
     with pytest.raises(DataError, match="no episodes"):
         build(FakeTeacher(), FakeSource(()), folder)
     assert not folder.exists()
-    source.images = lambda indices, camera: np.zeros((len(indices), 20 + len(camera), 20, 3), np.uint8)
-    source.cameras = ("front", "top")
-    with pytest.raises(DataError, match=r"differ in size \({'front': \(25, 20\), 'top': \(23, 20\)}\)"):
-        build(FakeTeacher(), source, folder)
 
 
 def test_a_teacher_that_gives_nan_is_stopped(source, folder):

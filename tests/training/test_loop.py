@@ -221,6 +221,36 @@ def test_ctrl_c_saves_at_any_step_and_says_how_to_resume(tmp_path, capsys):
     assert curve(tmp_path / "pressed") == curve(tmp_path / "whole")
 
 
+def test_a_finished_run_is_extended(tmp_path, capsys):
+    """With a schedule that does not depend on the number of steps, it is the longer run bit for bit."""
+    constant = {"student": NoisyStudent, "optim": OptimConfig(decay="constant")}
+    run(tmp_path / "whole", **constant)
+    assert run(tmp_path / "grown", steps=4, **constant).steps == 4
+    with pytest.raises(ConfigError, match=r"steps: 4 there, 6 asked for.*--extend"):
+        run(tmp_path / "grown", **constant)
+    before = (tmp_path / "grown/result.json").read_bytes()
+    resumed = FakeBatches()
+    assert run(tmp_path / "grown", extend=True, batches=resumed, **constant).steps == 6
+    assert before != (tmp_path / "grown/result.json").read_bytes()
+    assert resumed.asked == [4, 5]
+    assert "4 to 6 steps" in capsys.readouterr().err
+    assert curve(tmp_path / "grown") == curve(tmp_path / "whole")
+    assert_same_weights(tmp_path / "grown/policy", tmp_path / "whole/policy")
+    assert run(tmp_path / "grown", extend=True, **constant).steps == 6
+    with pytest.raises(ConfigError, match="steps: 6 there, 5 asked for"):
+        run(tmp_path / "grown", steps=5, extend=True, **constant)
+
+
+def test_an_extended_schedule_is_that_of_the_new_number_of_steps(tmp_path):
+    optim = OptimConfig(decay="linear")
+    run(tmp_path / "whole", steps=8, optim=optim)
+    run(tmp_path / "grown", steps=4, optim=optim)
+    run(tmp_path / "grown", steps=8, optim=optim, extend=True)
+    rates = [row["lr"] for row in curve(tmp_path / "grown")]
+    assert rates[:4] == pytest.approx([1e-3 * (4 - i) / 4 for i in range(4)])
+    assert rates[4:] == [row["lr"] for row in curve(tmp_path / "whole")][4:]
+
+
 def test_another_configuration_is_refused_naming_the_fields(tmp_path):
     run(tmp_path)
     with pytest.raises(

@@ -29,13 +29,28 @@ from tests.training.fake_run import make_config
         ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'"),
         ({"callback_every": 3}, r"multiple of save_every \(2\)"),
         ({"trackers": ("tensorbord",)}, "Did you mean 'tensorboard'"),
-        ({"optim": OptimConfig(warmup_steps=6)}, "warm-up must end"),
         ({"episodes": ()}, "episodes is"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         make_config("out", **settings)
+
+
+def test_a_warm_up_longer_than_the_run_is_shortened_and_said(caplog):
+    config = make_config("out", steps=40, optim=OptimConfig(warmup_steps=1000, lr=0.1))
+    assert config.optim == OptimConfig(warmup_steps=10, lr=0.1)
+    assert "1000" in caplog.text
+    assert "10 steps" in caplog.text
+    caplog.clear()
+    assert TrainConfig.from_plain(config.to_plain()) == config  # what is written is what is done
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("word", ["action", "=actions", "action="])
+def test_names_of_features_are_checked_with_the_configuration(word):
+    with pytest.raises(ConfigError, match="keys"):
+        make_config("out", keys=(word, "observation.state=state"))
 
 
 def test_forcing_needs_a_teacher():

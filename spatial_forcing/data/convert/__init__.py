@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spatial_forcing.data.episode import Frame
+from spatial_forcing.data.episode import EncodedEpisode, Frame
+from spatial_forcing.data.info import Feature
 from spatial_forcing.registry import Registry
 
 
@@ -31,6 +32,9 @@ class Schema:
         robot_type: goes into `meta/info.json`.
         depth, extrinsics: whether frames bring `depth` and `extrinsics` (see `data.episode.Frame`).
         intrinsics: camera -> (3, 3) in pixels of the frames that will be written, where known.
+        features: LeRobot's feature dictionary, where it has one; then only fps, cameras and
+            robot_type of the fields above are looked at.
+        unused: arrays of the source that no feature takes -> the option that takes them ("" where none does).
     """
 
     fps: int
@@ -41,6 +45,8 @@ class Schema:
     depth: bool = False
     extrinsics: bool = False
     intrinsics: Mapping[str, NDArray[np.floating[Any]]] | None = None
+    features: Mapping[str, Feature] | None = None
+    unused: Mapping[str, str] = field(default_factory=dict)
 
 
 class EpisodeSkipped(Exception):
@@ -56,11 +62,15 @@ class SourceEpisode:
         length: frames.
         frames: reads it: (frame, instruction) pairs. Raises `DataError` when the source is damaged,
             `EpisodeSkipped` when the episode is to be left out.
+        encoded: instead of `frames`: the episode as it will be written, where nothing has to be encoded anew.
+        split: the part of the dataset that it belongs to (`splits` in `meta/info.json`).
     """
 
     name: str
     length: int
-    frames: Callable[[], Iterator[tuple[Frame, str]]]
+    frames: Callable[[], Iterator[tuple[Frame, str]]] = lambda: iter(())
+    encoded: Callable[[], EncodedEpisode] | None = None
+    split: str = "train"
 
 
 @runtime_checkable
@@ -91,7 +101,9 @@ class Converter(Protocol):
 CONVERTERS: Registry[str] = Registry("converter")
 """Converter classes by name, as "module:class"; the module is imported when the converter is used."""
 CONVERTERS.add("aloha", "spatial_forcing.data.convert.aloha:AlohaConverter")
+CONVERTERS.add("lerobot-v2", "spatial_forcing.data.convert.lerobot_v2:LeRobotV2Converter")
 CONVERTERS.add("libero", "spatial_forcing.data.convert.libero:LiberoConverter")
+CONVERTERS.add("robomimic", "spatial_forcing.data.convert.robomimic:RobomimicConverter")
 CONVERTERS.add("robotwin", "spatial_forcing.data.convert.robotwin:RoboTwinConverter")
 
 

@@ -21,14 +21,26 @@ from typing import Any
 
 import numpy as np
 
-from spatial_forcing.data.convert import Schema, SourceEpisode
-from spatial_forcing.data.convert.hdf5 import Frames, dataset, episode_files, open_hdf5, text_of
+from spatial_forcing.data.convert import EpisodeSkipped, Schema, SourceEpisode
+from spatial_forcing.data.convert.hdf5 import (
+    Frames,
+    arrays_of,
+    dataset,
+    episode_files,
+    first_size,
+    open_hdf5,
+    text_of,
+    width_of,
+)
+from spatial_forcing.data.convert.sources import STILL, appended, column_names, joined, left_out, still
 from spatial_forcing.data.episode import Frame
+from spatial_forcing.data.info import DEPTH_UNITS_PER_METRE
 from spatial_forcing.envs.aloha import JOINTS
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.registry import unknown
 
 STATE, ACTION, IMAGES = "observations/qpos", "action", "observations/images"
+DEPTHS = "observations/images_depth"
 INSTRUCTION_KEYS = ("task", "instruction", "language_instruction", "language_raw")
 INSTRUCTION_FILES = ("instructions.json", "instruction.json", "expanded_instruction_gpt-4-turbo.json")
 FROZEN = 0.5
@@ -51,6 +63,10 @@ class AlohaConverter:
         image_size: height and width to resize to; default as recorded.
         swap_colours: exchange red and blue.
         video: colour as mp4; without it as PNG, lossless and some ten times larger.
+        append: further arrays, e.g. `base_action observations/qvel`: those below `observations` go behind the
+            state, others behind the action.
+        depth: also write the depth maps of the cameras, /observations/images_depth/<name> in millimetres.
+        keep_still: keep episodes in which no joint moves.
     """
 
     source: Path
@@ -61,6 +77,9 @@ class AlohaConverter:
     image_size: tuple[int, int] | None = None
     swap_colours: bool = False
     video: bool = True
+    append: tuple[str, ...] = ()
+    depth: bool = False
+    keep_still: bool = False
 
     def __post_init__(self) -> None:
         if self.fps < 1 or (self.image_size and min(self.image_size) < 1):
@@ -68,17 +87,31 @@ class AlohaConverter:
 
     def schema(self) -> Schema:
         """Cameras and sizes of the first episode; the others must agree with it."""
-        with open_hdf5(episode_files(self.source)[0]) as file:
-            cameras = {
-                name: self._frames(file, key)[0].shape[:2] for key, name in self._cameras(file).items()
-            }
-            state, action = dataset(file, STATE).shape[1], dataset(file, ACTION).shape[1]
-        return Schema(self.fps, cameras, names(state, "state"), names(action, "action"), "aloha")
+        with open_hdf5(episode_files(self.source)[0][0]) as file:
+            cameras = {name: first_size(self._frames(file, key)) for key, name in self._cameras(file).items()}
+            state, action = (width_of(dataset(file, key)) for key in (STATE, ACTION))
+            arrays = arrays_of(file, len(dataset(file, ACTION)))
+            widths = {name: width_of(arrays[name]) for name in self.append if name in arrays}
+            more = [
+                sum((column_names(n, w) for n, w in widths.items() if _observed(n) == observed), ())
+                for observed in (True, False)
+            ]
+            unused = {name: self._option(name) for name in arrays if not self._takes(file, name)}
+        return Schema(
+            self.fps,
+            cameras,
+            names(state, "state") + more[0],
+            names(action, "action") + more[1],
+            "aloha",
+            depth=self.depth,
+            unused=unused,
+        )
 
     def episodes(self) -> Sequence[SourceEpisode]:
         """One a file; reports files that are much shorter than the others."""
         found = []
-        for path in episode_files(self.source):
+        files, skipped = episode_files(self.source)
+        for path in files:
             with open_hdf5(path) as file:
                 length = len(dataset(file, ACTION))
             name = str(path.relative_to(self.source))
@@ -89,7 +122,7 @@ class AlohaConverter:
                 _report(
                     episode.name, f"has {episode.length} frames, the median is {median:g}; was it cut off?"
                 )
-        return found
+        return found + [left_out(str(path.relative_to(self.source)), why) for path, why in skipped.items()]
 
     def _read(self, path: Path, name: str) -> Iterator[tuple[Frame, str]]:
         with open_hdf5(path) as file:
@@ -99,8 +132,17 @@ class AlohaConverter:
             lengths = {STATE: len(state), ACTION: len(action), **{c: len(f) for c, f in cameras.items()}}
             if len(set(lengths.values())) != 1:
                 raise DataError(f"its arrays have different lengths: {lengths}")
-            if len(state) > 1 and not np.ptp(state, axis=0).any():
-                _report(name, "the robot never moves")
+            if state.ndim != 2 or action.ndim != 2:
+                raise DataError(
+                    f"{STATE} is {state.shape} and {ACTION} {action.shape}; expected rows of numbers"
+                )
+            if still(state) and not self.keep_still:
+                raise EpisodeSkipped(STILL)
+            arrays = arrays_of(file, len(state))
+            parts = dict(zip(self.append, appended(arrays, self.append, len(state)), strict=True))
+            state = joined(state, (part for key, part in parts.items() if _observed(key)))
+            action = joined(action, (part for key, part in parts.items() if not _observed(key)))
+            depths = self._depths(file)
             repeats = dict.fromkeys(cameras, 0)
             before: dict[str, bytes] = {}
             for index in range(len(state)):
@@ -109,7 +151,11 @@ class AlohaConverter:
                     stored = frames.stored(index)
                     repeats[camera] += before.get(camera) == stored
                     before[camera] = stored
-                yield {"images": images, "state": state[index], "action": action[index]}, task
+                frame: dict[str, Any] = {"images": images, "state": state[index], "action": action[index]}
+                if depths:
+                    millimetres = {c: np.asarray(d[index], np.float32) for c, d in depths.items()}
+                    frame["depth"] = {c: d / DEPTH_UNITS_PER_METRE for c, d in millimetres.items()}
+                yield frame, task
         for camera, count in repeats.items():
             if count > FROZEN * len(state):
                 _report(name, f"camera {camera!r} repeats its picture in {count} of {len(state)} steps")
@@ -125,9 +171,30 @@ class AlohaConverter:
                 raise unknown(f"camera of {Path(file.filename).name}", camera, there)
         return dict(self.cameras) or {name: name for name in there}
 
+    def _depths(self, file: Any) -> dict[str, Any]:
+        if not self.depth:
+            return {}
+        return {new: dataset(file, f"{DEPTHS}/{key}") for key, new in self._cameras(file).items()}
+
+    def _takes(self, file: Any, name: str) -> bool:
+        """Whether a feature is made of the array `name`."""
+        images = {f"{IMAGES}/{key}" for key in self._cameras(file)}
+        maps = {f"{DEPTHS}/{key}" for key in self._cameras(file)} if self.depth else set()
+        return name in {STATE, ACTION, *self.append, *images, *maps, *INSTRUCTION_KEYS}
+
+    def _option(self, name: str) -> str:
+        folder, _, camera = name.rpartition("/")
+        if folder == IMAGES:
+            return f"--cameras {camera} {camera}"
+        return "--depth" if folder == DEPTHS else f"--append {name}"
+
     def _frames(self, file: Any, camera: str) -> Frames:
         array = dataset(file, f"{IMAGES}/{camera}")
         return Frames(array, swap=self.swap_colours, size=self.image_size)
+
+
+def _observed(name: str) -> bool:
+    return name.startswith("observations/")
 
 
 def names(dim: int, kind: str) -> tuple[str, ...]:
@@ -139,7 +206,7 @@ def instruction(file: Any, path: Path, source: Path) -> str:
     """What the episode or a file beside it says the task is.
 
     Raises:
-        DataError: nothing does.
+        DataError: neither gives an instruction.
     """
     for key in INSTRUCTION_KEYS:
         if found := text_of(file.attrs.get(key)) or text_of(file.get(key)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from spatial_forcing.data.convert.sources import natural, recordings
 from spatial_forcing.data.images import decode_colour
 from spatial_forcing.errors import DataError, EnvironmentSetupError
+
+SUFFIXES = (".hdf5", ".h5")
 
 
 @contextmanager
@@ -38,23 +40,33 @@ def open_hdf5(path: Path) -> Iterator[Any]:
         yield file
 
 
-def episode_files(source: Path) -> list[Path]:
+def episode_files(source: Path) -> tuple[list[Path], dict[Path, str]]:
     """Every .hdf5 / .h5 file below `source`, folder by folder, episode_2 before episode_10.
+
+    Second come those that are left out, with the reason.
 
     Raises:
         DataError: there is none.
     """
-    if not source.is_dir():
-        raise DataError(f"{source} is no folder; give the one that holds the recorded .hdf5 episodes.")
-    found = [path for path in source.rglob("*") if path.suffix in (".hdf5", ".h5") and path.is_file()]
+    files, skipped = recordings(source, "*.h*5")
+    found = [path for path in files if path.suffix in SUFFIXES]
     if not found:
         raise DataError(f"{source} holds no .hdf5 file, in no sub-folder either.")
+    return found, {path: why for path, why in skipped.items() if path.suffix in SUFFIXES}
 
-    def natural(path: Path) -> list[tuple[int, str]]:
-        parts = re.split(r"(\d+)", str(path.relative_to(source)))
-        return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
-    return sorted(found, key=natural)
+def arrays_of(group: Any, length: int) -> dict[str, Any]:
+    """Arrays of numbers below `group` with `length` rows, by path."""
+    import h5py
+
+    found: dict[str, Any] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.ndim and len(item) == length and item.dtype.kind in "fiub":
+            found[name] = item
+
+    group.visititems(visit)
+    return found
 
 
 def dataset(file: Any, name: str) -> Any:
@@ -113,6 +125,36 @@ class Frames:
             )
             image = np.asarray(resized)
         return np.ascontiguousarray(image)
+
+
+def demonstrations(file: Any, path: Path) -> list[str]:
+    """Names of the demonstrations in the group `data`, whatever they are called, in natural order.
+
+    Raises:
+        DataError: the file has no such group, or nothing in it.
+    """
+    import h5py
+
+    group = file.get("data")
+    if not isinstance(group, h5py.Group):
+        raise DataError(f"{path} has no group 'data'; it holds {sorted(file)}.")
+    names = [name for name, item in group.items() if isinstance(item, h5py.Group)]
+    if not names:
+        raise DataError(f"{path} has no demonstration in its group 'data'; download it again.")
+    return sorted(names, key=natural)
+
+
+def width_of(array: Any) -> int:
+    """Numbers in one row of an array."""
+    return int(np.prod(array.shape[1:]))
+
+
+def first_size(frames: Frames) -> tuple[int, int]:
+    """(height, width) of the first frame. Raises `DataError` where there is none."""
+    if not len(frames):
+        raise DataError("the first episode has no frames; leave its file out")
+    height, width = frames[0].shape[:2]
+    return height, width
 
 
 def text_of(value: Any) -> str | None:

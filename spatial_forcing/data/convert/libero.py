@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spatial_forcing.data.convert import EpisodeSkipped, Schema, SourceEpisode
-from spatial_forcing.data.convert.hdf5 import open_hdf5
+from spatial_forcing.data.convert.hdf5 import arrays_of, demonstrations, open_hdf5, width_of
 from spatial_forcing.data.convert.rlds import RLDSEpisode, read_episodes, tfrecord_files
+from spatial_forcing.data.convert.sources import STILL, appended, column_names, joined, left_out, recordings
 from spatial_forcing.data.episode import Frame
 from spatial_forcing.envs.base import make_env
 from spatial_forcing.envs.libero_conventions import Orientation, check_conventions, oriented
@@ -33,6 +34,11 @@ FPS = 20
 NO_OP_MOTION = 1e-4
 STORED = {"agentview": "agentview_rgb", "robot0_eye_in_hand": "eye_in_hand_rgb"}
 SUFFIX = "_demo.hdf5"
+HDF5_TAKEN = {
+    "actions", "states", "robot_states", "rewards", "dones", "obs/ee_states", "obs/ee_pos", "obs/ee_ori",
+    "obs/gripper_states", *(f"obs/{name}" for name in STORED.values()),
+}  # fmt: skip
+"""Arrays of a demonstration that are read, or that repeat one that is."""
 STATE_NAMES = (*"xyz", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right")
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
@@ -53,6 +59,8 @@ class LiberoConverter:
         image_size: pixels on a side when rendering again; stored images keep their size.
         orientation: of the images, "openvla" (mirrored, as in all published data) or "upright".
         video: colour as mp4; without it as lossless PNG.
+        append: further arrays of a demonstration behind the state: `obs/joint_states` of the HDF5 files,
+            `steps/observation/joint_state` of TFRecords.
     """
 
     source: Path
@@ -63,8 +71,11 @@ class LiberoConverter:
     image_size: int = 256
     orientation: Orientation = "openvla"
     video: bool = False
+    append: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.rerender and self.append:
+            raise ConfigError("append takes recorded arrays; the simulator gives none when it plays again.")
         check_conventions(self.orientation, "openvla")
         if self.image_size < 1 or (self.episodes_per_task is not None and self.episodes_per_task < 1):
             raise ConfigError("image_size and episodes_per_task must be at least 1.")
@@ -74,9 +85,19 @@ class LiberoConverter:
         if self.rerender:
             cameras = dict.fromkeys(CAMERAS, (self.image_size, self.image_size))
         else:
-            frame, _ = next(next(self._sources()).frames())  # lists no more than it needs
+            frame = self._first_frame()
             cameras = {name: image.shape[:2] for name, image in frame["images"].items()}
-        return Schema(FPS, cameras, STATE_NAMES, ACTION_NAMES, "LiberoEnv")
+        more = self._appended_names()
+        return Schema(FPS, cameras, STATE_NAMES + more, ACTION_NAMES, "LiberoEnv", unused=self._unused())
+
+    def _first_frame(self) -> Frame:
+        """Of the first episode that has one; lists no more than it needs."""
+        for source in self._sources():
+            try:
+                return next(iter(source.frames()))[0]
+            except (EpisodeSkipped, StopIteration):
+                continue
+        raise DataError(f"{self.source} holds no demonstration in which the arm moves.")
 
     def episodes(self) -> Sequence[SourceEpisode]:
         """All HDF5 files of the folder, or, where it holds none, all TFRecord shards below it.
@@ -85,16 +106,17 @@ class LiberoConverter:
             ConfigError: TFRecords are to be rendered again (they hold no simulator states).
             DataError: no demonstrations there, or a file without the expected contents.
         """
-        return list(self._sources())
+        found = list(self._sources())
+        skipped = {**recordings(self.source, f"*{SUFFIX}")[1], **tfrecord_files(self.source)[1]}
+        return found + [left_out(str(path.relative_to(self.source)), why) for path, why in skipped.items()]
 
     def _sources(self) -> Iterator[SourceEpisode]:
-        files = sorted(self.source.glob(f"*{SUFFIX}"))
-        if files:
+        if files := self._files():
             player = _Player({"image_size": self.image_size, "orientation": self.orientation})
             for path in files:
                 yield from self._of_hdf5(path, player)
             return
-        shards = tfrecord_files(self.source)
+        shards = tfrecord_files(self.source)[0]
         if not shards:
             raise DataError(
                 f"{self.source} holds neither *{SUFFIX} nor *.tfrecord* files; download a suite into it."
@@ -106,10 +128,7 @@ class LiberoConverter:
 
     def _of_hdf5(self, path: Path, player: _Player) -> Iterator[SourceEpisode]:
         with open_hdf5(path) as file:
-            if "data" not in file:
-                raise DataError(f"{path} has no group 'data'; it holds {sorted(file)}.")
-            names = sorted(file["data"], key=lambda name: int(name.removeprefix("demo_")))
-            for name in names[: self.episodes_per_task]:
+            for name in demonstrations(file, path)[: self.episodes_per_task]:
                 length = len(file["data"][name].get("actions", ()))
                 yield SourceEpisode(f"{path.name}/{name}", length, partial(self._read, path, name, player))
 
@@ -119,11 +138,39 @@ class LiberoConverter:
             name = f"{path.relative_to(self.source)}/{number}"
             yield SourceEpisode(name, len(episode.actions), partial(self._decode, shard, number))
 
+    def _files(self) -> list[Path]:
+        """The suite's HDF5 files, which lie in the folder itself."""
+        return [path for path in recordings(self.source, f"*{SUFFIX}")[0] if path.parent == self.source]
+
+    def _first_arrays(self) -> tuple[dict[str, Any], set[str]]:
+        """Widths of the first demonstration's arrays of numbers, and which of them are taken or repeated."""
+        if files := self._files():
+            with open_hdf5(files[0]) as file:
+                group = file["data"][demonstrations(file, files[0])[0]]
+                arrays = arrays_of(group, len(group.get("actions", ())))
+                return {name: width_of(array) for name, array in arrays.items()}, HDF5_TAKEN
+        for shard in tfrecord_files(self.source)[0]:
+            for episode in read_episodes(shard):
+                return {name: values.shape[1] for name, values in episode.more.items()}, set()
+        return {}, set()
+
+    def _appended_names(self) -> tuple[str, ...]:
+        widths, _ = self._first_arrays() if self.append else ({}, set())
+        return sum((column_names(name, widths[name]) for name in self.append if name in widths), ())
+
+    def _unused(self) -> dict[str, str]:
+        if self.rerender:
+            return {}
+        widths, taken = self._first_arrays()
+        return {name: f"--append {name}" for name in widths if name not in taken and name not in self.append}
+
     def _read(self, path: Path, name: str, player: _Player) -> Frames:
         with open_hdf5(path) as file:
-            demonstration = _demonstration(path, name, file["data"][name])
+            demonstration = _demonstration(path, name, file["data"][name], self.append)
         entry = path.name.removesuffix(SUFFIX)
         kept = np.flatnonzero(self._kept(demonstration.actions))
+        if not len(kept):
+            raise EpisodeSkipped(STILL)
         frames = (
             player.play(entry, demonstration, kept) if self.rerender else self._stored(demonstration, kept)
         )
@@ -139,9 +186,13 @@ class LiberoConverter:
     def _decode(self, shard: _Shard, number: int) -> Frames:
         episode = shard.episode(number)
         turn = slice(None, None, 1 if self.orientation == "openvla" else -1)
-        for i in np.flatnonzero(self._kept(episode.actions)).tolist():
+        states = joined(episode.states, appended(episode.more, self.append, len(episode.actions)))
+        kept = np.flatnonzero(self._kept(episode.actions)).tolist()
+        if not kept:
+            raise EpisodeSkipped(STILL)
+        for i in kept:
             images = {camera: episode.image(camera, i)[:, turn] for camera in CAMERAS}
-            yield {"images": images, "state": episode.states[i], "action": episode.actions[i]}, episode.task
+            yield {"images": images, "state": states[i], "action": episode.actions[i]}, episode.task
 
     def _kept(self, actions: NDArray[np.float32]) -> NDArray[np.bool_]:
         return np.ones(len(actions), bool) if self.keep_no_ops else moves(actions)
@@ -149,7 +200,7 @@ class LiberoConverter:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One recorded episode: `actions` (N, 7), `states` (N, 8), `simulator` (N, S), images (N, H, W, 3)."""
+    """One episode: `actions` (N, 7), `states` (N, 8 or more), `simulator` (N, S), images (N, H, W, 3)."""
 
     actions: NDArray[np.float32]
     states: NDArray[np.float32]
@@ -212,20 +263,25 @@ def moves(actions: NDArray[np.float32]) -> NDArray[np.bool_]:
     return kept
 
 
-def _demonstration(path: Path, name: str, group: Any) -> Demonstration:
-    def read(key: str) -> NDArray[Any]:
+def _demonstration(path: Path, name: str, group: Any, append: Sequence[str]) -> Demonstration:
+    def read(key: str, ndim: int = 2) -> NDArray[Any]:
         if key not in group:
             raise DataError(f"{path}, {name}: {key!r} is missing; this is no LIBERO demonstration file.")
-        return np.asarray(group[key])
+        array = np.asarray(group[key])
+        if array.ndim != ndim:
+            raise DataError(f"{path}, {name}: {key!r} is {array.shape}; expected {ndim} dimensions.")
+        return array
 
-    actions = read("actions").astype(np.float32)
-    states = np.concatenate([read("obs/ee_states"), read("obs/gripper_states")], axis=1).astype(np.float32)
-    images = {camera: read(f"obs/{key}") for camera, key in STORED.items()}
+    actions: NDArray[np.float32] = read("actions").astype(np.float32)
+    parts = [read("obs/ee_states"), read("obs/gripper_states")]
+    images = {camera: read(f"obs/{key}", 4) for camera, key in STORED.items()}
     simulator = read("states").astype(np.float64)
-    lengths = {len(actions), len(states), len(simulator), *(len(stack) for stack in images.values())}
-    if len(lengths) != 1 or actions.shape[1:] != (7,) or states.shape[1:] != (8,):
+    lengths = {len(actions), len(simulator), *map(len, parts), *map(len, images.values())}
+    if len(lengths) != 1 or actions.shape[1:] != (7,) or sum(part.shape[1] for part in parts) != 8:
         raise DataError(
-            f"{path}, {name}: actions {actions.shape}, states {states.shape} and images of "
+            f"{path}, {name}: actions {actions.shape}, states {[part.shape for part in parts]} and images of "
             f"{[len(stack) for stack in images.values()]} frames do not fit together; download it again."
         )
+    states = np.concatenate(parts, axis=1).astype(np.float32)
+    states = joined(states, appended(arrays_of(group, len(actions)), append, len(actions)))
     return Demonstration(actions, states, simulator, images)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from spatial_forcing.data.convert.sources import recordings
 from spatial_forcing.errors import DataError, EnvironmentSetupError
 
 IMAGES = {"agentview": "steps/observation/image", "robot0_eye_in_hand": "steps/observation/wrist_image"}
+NO_OBSERVATION = {"steps/reward", "steps/discount"}
 ACTION, STATE, TASK = "steps/action", "steps/observation/state", "steps/language_instruction"
 
 
@@ -27,13 +29,15 @@ ACTION, STATE, TASK = "steps/action", "steps/observation/state", "steps/language
 class RLDSEpisode:
     """One episode: `actions` (N, 7), `states` (N, 8), encoded images by camera, the instruction.
 
-    Actions are the simulator's (gripper -1 open, +1 closed), images as OpenVLA orients them.
+    Actions are the simulator's (gripper -1 open, +1 closed), images as OpenVLA orients them. `more` holds
+    what else has numbers for every step, (N, n) each.
     """
 
     actions: NDArray[np.float32]
     states: NDArray[np.float32]
     encoded: dict[str, Sequence[bytes]]
     task: str
+    more: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def image(self, camera: str, step: int) -> NDArray[np.uint8]:
         """(H, W, 3) uint8. Raises `DataError` when it cannot be decoded."""
@@ -43,9 +47,12 @@ class RLDSEpisode:
             raise DataError(f"step {step}: the image of {camera} cannot be decoded ({error}).") from error
 
 
-def tfrecord_files(folder: Path) -> list[Path]:
-    """Shards below `folder`, in order; TFDS keeps them in a folder named after the version."""
-    return sorted(path for path in folder.rglob("*.tfrecord*") if path.is_file())
+def tfrecord_files(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Shards below `folder`, in order, and those that are left out, with the reason.
+
+    TFDS keeps them in a folder named after the version, and builds it as `VERSION.incomplete...`.
+    """
+    return recordings(folder, "*.tfrecord*")
 
 
 def read_episodes(path: Path) -> Iterator[RLDSEpisode]:
@@ -90,5 +97,17 @@ def _episode(place: str, features: Any) -> RLDSEpisode:
         numbers[key] = flat.reshape(steps, width)
     if len(encoded["robot0_eye_in_hand"]) != steps or not steps:
         raise DataError(f"{place}: the cameras have {[len(v) for v in encoded.values()]} images.")
-    task = features[TASK].bytes_list.value[0].decode()
-    return RLDSEpisode(numbers[ACTION], numbers[STATE], encoded, task)
+    texts = features[TASK].bytes_list.value
+    if not texts:
+        raise DataError(f"{place}: {TASK} is empty.")
+    more = {}
+    for key in features:
+        values = np.array(features[key].float_list.value, np.float32)
+        if (
+            key.startswith("steps/")
+            and key not in {*numbers, *NO_OBSERVATION}
+            and values.size
+            and not values.size % steps
+        ):
+            more[key] = values.reshape(steps, -1)
+    return RLDSEpisode(numbers[ACTION], numbers[STATE], encoded, texts[0].decode("utf-8", "replace"), more)

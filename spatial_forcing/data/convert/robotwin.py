@@ -17,9 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spatial_forcing.data.convert import Schema, SourceEpisode
+from spatial_forcing.data.convert import EpisodeSkipped, Schema, SourceEpisode
 from spatial_forcing.data.convert.aloha import names
-from spatial_forcing.data.convert.hdf5 import Frames, dataset, episode_files, open_hdf5
+from spatial_forcing.data.convert.hdf5 import (
+    Frames,
+    arrays_of,
+    dataset,
+    episode_files,
+    first_size,
+    open_hdf5,
+    width_of,
+)
+from spatial_forcing.data.convert.sources import STILL, appended, column_names, joined, left_out, still
 from spatial_forcing.data.episode import Frame
 from spatial_forcing.data.info import DEPTH_UNITS_PER_METRE
 from spatial_forcing.envs.robotwin import CAMERAS
@@ -47,6 +56,8 @@ class RoboTwinConverter:
         geometry: also write intrinsics and extrinsics.
         depth: also write depth maps, where they were recorded.
         video: colour as mp4; without it as PNG.
+        append: further arrays behind the state, e.g. `endpose/left_endpose endpose/left_gripper`.
+        keep_still: keep episodes in which no joint moves.
     """
 
     source: Path
@@ -61,6 +72,8 @@ class RoboTwinConverter:
     geometry: bool = False
     depth: bool = False
     video: bool = True
+    append: tuple[str, ...] = ()
+    keep_still: bool = False
 
     def __post_init__(self) -> None:
         if self.instructions not in ("seen", "unseen"):
@@ -72,9 +85,12 @@ class RoboTwinConverter:
 
     def schema(self) -> Schema:
         """Cameras and sizes of the first episode; the others must agree with it."""
-        with open_hdf5(episode_files(self.source)[0]) as file:
-            sizes = {new: self._frames(file, old)[0].shape[:2] for old, new in self.cameras.items()}
-            joints = dataset(file, JOINTS).shape[1]
+        with open_hdf5(episode_files(self.source)[0][0]) as file:
+            sizes = {new: first_size(self._frames(file, old)) for old, new in self.cameras.items()}
+            joints = width_of(dataset(file, JOINTS))
+            arrays = arrays_of(file, len(dataset(file, JOINTS)))
+            more = sum((column_names(n, width_of(arrays[n])) for n in self.append if n in arrays), ())
+            unused = {name: self._option(name) for name in arrays if not self._takes(name)}
             intrinsics = {
                 new: np.asarray(dataset(file, f"{OBSERVATION}/{old}/intrinsic_cv")[0], np.float64)
                 for old, new in self.cameras.items()
@@ -84,25 +100,27 @@ class RoboTwinConverter:
         return Schema(
             self.fps,
             sizes,
-            joint_names,
+            joint_names + more,
             joint_names,
             "aloha-agilex",
             depth=self.depth,
             extrinsics=self.geometry,
             intrinsics=intrinsics or None,
+            unused=unused,
         )
 
     def episodes(self) -> Sequence[SourceEpisode]:
         """One a file, a frame shorter than it."""
         found = []
-        for number, path in enumerate(episode_files(self.source)):
+        files, skipped = episode_files(self.source)
+        for number, path in enumerate(files):
             with open_hdf5(path) as file:
                 length = len(dataset(file, JOINTS)) - 1
             if length < 1:
                 raise DataError(f"{path} has {length + 1} frames; an action needs two. Leave the file out.")
             name = str(path.relative_to(self.source))
             found.append(SourceEpisode(name, length, partial(self._read, path, number)))
-        return found
+        return found + [left_out(str(path.relative_to(self.source)), why) for path, why in skipped.items()]
 
     def _read(self, path: Path, number: int) -> Iterator[tuple[Frame, str]]:
         task = self.task or self._instruction(path, number)
@@ -114,10 +132,15 @@ class RoboTwinConverter:
             lengths = {name: len(part) for name, part in parts.items()}
             if len(set(lengths.values())) != 1:
                 raise DataError(f"its arrays have different lengths: {lengths}")
+            if joints.ndim != 2:
+                raise DataError(f"{JOINTS} is {joints.shape}; expected rows of numbers")
+            if still(joints) and not self.keep_still:
+                raise EpisodeSkipped(STILL)
+            state = joined(joints, appended(arrays_of(file, len(joints)), self.append, len(joints)))
             for index in range(len(joints) - 1):
                 frame: dict[str, Any] = {
                     "images": {camera: frames[index] for camera, frames in cameras.items()},
-                    "state": joints[index],
+                    "state": state[index],
                     "action": joints[index + 1],
                 }
                 if depths:
@@ -126,6 +149,20 @@ class RoboTwinConverter:
                 if poses:
                     frame["extrinsics"] = {c: world_from_camera(pose[index]) for c, pose in poses.items()}
                 yield frame, task
+
+    def _takes(self, name: str) -> bool:
+        """Whether a feature is made of the array `name`, or it repeats one that is taken."""
+        wanted = ["rgb"] + ["depth"] * self.depth + ["extrinsic_cv", "intrinsic_cv"] * self.geometry
+        cameras = {f"{OBSERVATION}/{camera}/{kind}" for camera in self.cameras for kind in wanted}
+        return name in cameras or name in self.append or name.startswith("joint_action/")
+
+    def _option(self, name: str) -> str:
+        if not name.startswith(f"{OBSERVATION}/"):
+            return "" if name == "pointcloud" or name.endswith("_rgb") else f"--append {name}"
+        camera, _, kind = name.removeprefix(f"{OBSERVATION}/").partition("/")
+        if kind == "rgb":
+            return f"--cameras ... {camera} {camera}"
+        return "--depth" if kind == "depth" else "--geometry"
 
     def _frames(self, file: Any, camera: str) -> Frames:
         there = sorted(file.get(OBSERVATION) or [])

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spatial_forcing.data.check import check
 from spatial_forcing.data.convert import Converter, EpisodeSkipped, Schema, SourceEpisode
-from spatial_forcing.data.info import INFO_FILE, DatasetInfo
+from spatial_forcing.data.info import INFO_FILE, VIDEO_FILE, DatasetInfo
 from spatial_forcing.data.writer import DatasetWriter
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.storage import progress_bar, require_disk, write_json
 
+logger = logging.getLogger(__name__)
+
 LOG_FILE = "meta/conversion.json"
-"""The converter's settings, the source of every episode in order, and those left out with the reason."""
+"""The converter's settings, the source of every episode in order, those left out with the reason, and arrays
+that no feature takes."""
 NOT_CONTENT = ("output", "progress", "workers")
 """Settings that do not decide what the dataset holds."""
 
@@ -36,6 +43,10 @@ def convert(converter: Converter, *, progress: bool = True) -> Path:
     root = Path(converter.output)
     schema = converter.schema()
     log = _read_log(root, converter)
+    if schema.unused and schema.unused != log["unused"]:
+        log["unused"] = dict(schema.unused)
+        named = "; ".join(f"{name} ({how or 'no option takes it'})" for name, how in schema.unused.items())
+        logger.warning("%s: arrays of the source that no feature takes: %s", root, named)
     episodes = [each for each in converter.episodes() if each.name not in log["skipped"]]
     begun = (root / INFO_FILE).is_file()
     _check_prefix(root, log["episodes"], episodes)
@@ -60,9 +71,24 @@ def convert(converter: Converter, *, progress: bool = True) -> Path:
     if not episodes:
         raise DataError(f"no episode could be converted: {log['skipped']}.")
     writer.finalize()
-    if problems := check(root, decode=False):
+    _write_splits(root, [episode.split for episode in episodes])
+    if problems := [problem for problem in check(root, decode=False) if not problem.note]:
         raise DataError(f"{root} has {len(problems)} problems after conversion; the first: {problems[0]}")
     return root
+
+
+def _write_splits(root: Path, names: Sequence[str]) -> None:
+    """Name the parts of a dataset that has several, each of which is a range of episodes."""
+    info = DatasetInfo.load(root)
+    runs = [(name, len(list(group))) for name, group in groupby(names)]
+    if len(runs) < 2:
+        return
+    if len({name for name, _ in runs}) != len(runs):
+        logger.warning("%s: its splits %s are no ranges of episodes and are not written.", root, runs)
+        return
+    stops = np.cumsum([count for _, count in runs]).tolist()
+    splits = {name: f"{stop - count}:{stop}" for (name, count), stop in zip(runs, stops, strict=True)}
+    dataclasses.replace(info, splits=splits).save(root)
 
 
 def estimated_bytes(schema: Schema, episodes: Sequence[SourceEpisode], *, video: bool) -> int:
@@ -76,6 +102,9 @@ def estimated_bytes(schema: Schema, episodes: Sequence[SourceEpisode], *, video:
 
 def _convert_one(writer: DatasetWriter, episode: SourceEpisode) -> None:
     try:
+        if episode.encoded is not None:
+            writer.write_episode(episode.encoded())
+            return
         for frame, task in episode.frames():
             writer.add_frame(frame, task)
         writer.save_episode()
@@ -87,6 +116,18 @@ def _convert_one(writer: DatasetWriter, episode: SourceEpisode) -> None:
 
 
 def _create(root: Path, schema: Schema, video: bool) -> DatasetWriter:
+    if schema.features is not None:
+        features = dict(schema.features)
+        videos = any(feature["dtype"] == "video" for feature in features.values())
+        return DatasetWriter.start(
+            root,
+            DatasetInfo(
+                fps=schema.fps,
+                features=features,
+                robot_type=schema.robot_type,
+                video_path=VIDEO_FILE if videos else None,
+            ),
+        )
     return DatasetWriter.create(
         root,
         fps=schema.fps,
@@ -109,18 +150,37 @@ def _settings(converter: Converter) -> dict[str, Any]:
     return plain
 
 
+def _defaults(converter: Converter) -> dict[str, Any]:
+    values = {}
+    for field in dataclasses.fields(converter):
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
+
+
+def read_log(root: Path) -> dict[str, Any]:
+    """What `meta/conversion.json` holds."""
+    content = json.loads((root / LOG_FILE).read_text(encoding="utf-8"))
+    return {"skipped": {}, "unused": {}, **content}
+
+
 def _read_log(root: Path, converter: Converter) -> dict[str, Any]:
     settings = _settings(converter)
     path = root / LOG_FILE
     if not path.is_file():
         if root.exists() and any(root.iterdir()) and not _empty_dataset(root):
             raise ConfigError(f"{root} is not empty and holds no conversion; choose another folder.")
-        return {"settings": settings, "episodes": [], "skipped": {}}
-    log: dict[str, Any] = {"skipped": {}, **json.loads(path.read_text(encoding="utf-8"))}
+        return {"settings": settings, "episodes": [], "skipped": {}, "unused": {}}
+    log = read_log(root)
+    # A setting that an older version did not have was its default.
+    there = _defaults(converter) | log["settings"]
     different = [
-        f"{key}: there {log['settings'].get(key)!r}, asked for {value!r}"
+        f"{key}: there {there.get(key)!r}, asked for {value!r}"
         for key, value in settings.items()
-        if log["settings"].get(key) != value
+        if there.get(key) != value
     ]
     if different:
         raise ConfigError(

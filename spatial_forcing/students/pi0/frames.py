@@ -16,6 +16,7 @@ from spatial_forcing.errors import DataError
 from spatial_forcing.protocols import Batch
 from spatial_forcing.views import (
     FRAME_PREFIX,
+    FRAME_VALID_SUFFIX,
     GEOMETRY_PREFIX,
     IMAGE_PREFIX,
     Views,
@@ -93,7 +94,8 @@ def views_of(batch: Batch, cameras: Sequence[str], size: int) -> Views:
         geometry = batch.get(GEOMETRY_PREFIX + camera, identity_map(len(image), device=image.device))
         maps.append(compose(geometry.float(), letterbox.expand(len(image), 2, 3)))
         kept = FRAME_PREFIX + camera in batch  # a mask of the delivered image says nothing about the frame
-        mask = None if kept else _mask(batch, camera, image)
+        of_frame = batch.get(FRAME_PREFIX + camera + FRAME_VALID_SUFFIX)
+        mask = of_frame if kept else _mask(batch, camera, image)
         everything = torch.ones(len(frame), *frame.shape[-2:], dtype=torch.bool, device=frame.device)
         valid.append(everything if mask is None else mask)
     return Views.create(
