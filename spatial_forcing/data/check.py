@@ -26,10 +26,11 @@ from spatial_forcing.data.info import (
     DatasetInfo,
     Keys,
     extrinsic_key,
+    image_size,
 )
 from spatial_forcing.data.problems import RERECORD, RESTORE, Problem
 from spatial_forcing.data.reader import Dataset
-from spatial_forcing.data.stats import NAMES, Stats, load_stats, vector_stats
+from spatial_forcing.data.stats import MOMENTS, Stats, load_stats, vector_stats
 from spatial_forcing.data.store import verify_store
 from spatial_forcing.data.structure import (
     absent_vectors,
@@ -37,6 +38,7 @@ from spatial_forcing.data.structure import (
     episode_table,
     features,
     file_paths,
+    names_video,
     task_table,
     video_spans,
 )
@@ -49,7 +51,6 @@ __all__ = ["Problem", "check"]
 
 DELETE_STORE = "delete its folder; it is built again when needed"
 RECOMPUTE = "run `spatial-forcing data stats` to write them anew"
-MOMENTS = ("min", "max", "mean", "std")
 OFF = 0.005
 """Share of a dimension's range by which a statistic may be off: writers round and aggregate differently."""
 
@@ -87,7 +88,7 @@ def check(root: str | Path, *, decode: bool = True, keys: Keys | None = None) ->
     problems += [p for p in video_spans(root, info, rows, facts) if p.place not in outside]
     for key in info.videos:
         for row in rows:
-            if row.get(f"videos/{info.source(key)}/file_index") is not None:
+            if names_video(info, key, row):
                 file = info.episode_video(key, row)
                 if not isinstance(facts.get(file), DataError):
                     problems += _check_video(root, info, key, file, row, decode=decode)
@@ -124,10 +125,10 @@ def _check_meta(root: Path, info: DatasetInfo) -> tuple[Mapping[int, str], list[
 def _check_stats_file(info: DatasetInfo, stats: Mapping[str, Stats]) -> Iterator[Problem]:
     keys = [key for key in (STATE, ACTION) if key in info.features and len(info.columns(key)) == 1]
     for key in (*(info.columns(key)[0] for key in keys), *map(info.source, info.cameras.values())):
-        lacking = [name for name in NAMES[:4] if name not in stats.get(key, {})]
+        lacking = [name for name in MOMENTS if name not in stats.get(key, {})]
         if lacking:
             yield Problem(None, STATS_FILE, f"{key} lacks {lacking}", RECOMPUTE)
-        elif not all(np.isfinite(stats[key][name]).all() for name in NAMES[:4]):
+        elif not all(np.isfinite(stats[key][name]).all() for name in MOMENTS):
             yield Problem(None, STATS_FILE, f"{key} has statistics that are not finite", RECOMPUTE)
 
 
@@ -265,14 +266,14 @@ class _Rows:
     def _images(self, key: str, name: str, decode: bool) -> Iterator[Problem]:
         depth = key in self.info.depths.values()
         shape = tuple(self.info.features[key]["shape"])
-        size = shape[:2] if depth else self.info.frame_size(_camera(self.info, key))
+        size = shape[:2] if depth else _size(self.info, key)
         bad: list[str] = []
         for i, frame in enumerate(self.frames):
             try:
                 data = image_bytes(self.table[name], i)
                 if decode:
                     found = decode_depth(data).shape if depth else decode_colour(data).shape
-                    if found[:2] != size:
+                    if size is not None and found[:2] != size:
                         bad.append(f"frame {frame}: shape {found}, info.json says {shape}")
             except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on damaged files
                 bad.append(f"frame {frame}: unreadable ({error})")
@@ -280,8 +281,12 @@ class _Rows:
             yield self.problem(name, f"{len(bad)} bad images, first {bad[0]}", RERECORD)
 
 
-def _camera(info: DatasetInfo, key: str) -> str:
-    return next(name for name, feature in info.cameras.items() if feature == key)
+def _size(info: DatasetInfo, key: str) -> tuple[int, int] | None:
+    """(height, width) of a camera's frames; None where the feature does not say, which is reported above."""
+    try:
+        return image_size(key, info.features[key])
+    except DataError:
+        return None
 
 
 def _check_video(
@@ -291,13 +296,13 @@ def _check_video(
     number, start = int(row["episode_index"]), row[f"videos/{info.source(key)}/from_timestamp"]
     if key in info.depths.values():
         return  # `Dataset.depth` refuses it
-    size = info.frame_size(_camera(info, key))
+    size = _size(info, key)
     try:
         reader = VideoReader(root / file, info.fps)
         try:
             for frame in range(row["length"]) if decode else (0, row["length"] - 1):
                 found = reader.frame(start + frame / info.fps).shape
-                if found[:2] != size:
+                if size is not None and found[:2] != size:
                     what = f"frame {frame} is {found}, info.json says {info.features[key]['shape']}"
                     yield Problem(number, file, what, RERECORD)
                     return

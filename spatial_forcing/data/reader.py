@@ -319,14 +319,23 @@ class Dataset:
     def _compare_frames(self) -> None:
         """A frame of every camera must have the size that `meta/info.json` gives.
 
-        A frame that cannot be decoded is no reason to refuse the dataset: its episode may be left out.
+        One frame that cannot be decoded is no reason to refuse the dataset: its episode may be left out.
+
+        Raises:
+            DataError: another size, or none of the first episodes' frames can be decoded.
         """
         for camera, key in self.info.cameras.items():
-            for episode in self.episodes[:TRIED]:
+            tried = self.episodes[:TRIED]
+            for episode in tried:
                 try:
                     pixels = self._decoded(episode, key, episode.start)
-                except (OSError, ValueError, SyntaxError):
-                    continue
+                except (OSError, ValueError, SyntaxError) as error:
+                    if episode is not tried[-1]:
+                        continue
+                    raise DataError(
+                        f"{self.root}: camera {camera!r}: no frame of episodes 0 to {episode.index} can be "
+                        f"decoded ({error}). Run `spatial-forcing data check {self.root}`."
+                    ) from error
                 if wrong := self._wrong_size(camera, pixels):
                     raise DataError(
                         f"{self.root}: episode {episode.index}, frame 0, camera {camera!r}: {wrong} Correct "

@@ -21,7 +21,8 @@ from spatial_forcing.storage import write_json
 Stats = dict[str, NDArray[Any]]
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-NAMES = ("min", "max", "mean", "std", "count", *QUANTILES)
+MOMENTS = ("min", "max", "mean", "std")
+NAMES = (*MOMENTS, "count", *QUANTILES)
 SAMPLED_FRAMES = 16
 """Frames of an episode whose pixels enter the image statistics."""
 SAMPLED_SIDE = 64

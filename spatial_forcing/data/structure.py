@@ -64,14 +64,17 @@ def file_paths(root: Path, info: DatasetInfo, rows: Sequence[Row]) -> Iterator[P
                     yield Problem(number, relative, str(error), "keep every file in the dataset's folder")
 
 
+def names_video(info: DatasetInfo, key: str, row: Row) -> bool:
+    """Whether an episode's row says where its frames of the video feature `key` are."""
+    return all(row.get(f"videos/{info.source(key)}/{name}") is not None for name in VIDEO_COLUMNS)
+
+
 def _files(info: DatasetInfo, row: Row) -> dict[str, Callable[[], str] | None]:
     files: dict[str, Callable[[], str] | None] = {
         "data": lambda: info.data_file(row["data/chunk_index"], row["data/file_index"])
     }
     for key in info.videos:
-        prefix = f"videos/{info.source(key)}/"
-        named = all(row.get(prefix + name) is not None for name in VIDEO_COLUMNS)
-        files[key] = _video_file(info, key, row) if named else None
+        files[key] = _video_file(info, key, row) if names_video(info, key, row) else None
     return files
 
 
@@ -234,7 +237,7 @@ def video_spans(
     for key in info.videos:
         files: dict[str, list[Row]] = {}
         for row in rows:
-            if row.get(f"videos/{info.source(key)}/file_index") is not None:
+            if names_video(info, key, row):
                 files.setdefault(info.episode_video(key, row), []).append(row)
         for file, inside_file in files.items():
             if file not in facts:

@@ -123,7 +123,7 @@ def test_episodes_come_in_natural_order(tmp_path):
     for name in ("b/episode_2.hdf5", "b/episode_10.hdf5", "a/episode_3.h5", "b/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    names = [str(path.relative_to(tmp_path)) for path in episode_files(tmp_path)]
+    names = [str(path.relative_to(tmp_path)) for path in episode_files(tmp_path)[0]]
     assert names == ["a/episode_3.h5", "b/episode_2.hdf5", "b/episode_10.hdf5"]
 
 
@@ -158,7 +158,7 @@ def test_the_instruction_is_found(tmp_path, place):
             r"episode_1.hdf5: frame 0: observation.state is not finite",
         ),
         (
-            {"observations/qpos": np.ones((6, 7))},
+            {"observations/qpos": np.arange(42.0).reshape(6, 7)},
             r"episode_1.hdf5: frame 0: observation.state has shape \(7,\)",
         ),
     ],
