@@ -273,7 +273,12 @@ CASES = [
     Case("span of the last shifted", shift_spans(2), r"episode 2.*frame 16.*15", video=True),
     Case("all spans shifted", shift_spans(0, 1, 2), r"episode 0.*frame 1.*0", video=True),
     Case("spans overlap", shift_spans(1, frames=-2), r"episode 1.*frame 4.*6.*overlap", video=True),
-    Case("a span too short", shift_spans(1, frames=-3, ends=("to",)), r"6 frames of video for 9 rows", video=True),
+    Case(
+        "a span too short",
+        shift_spans(1, frames=-3, ends=("to",)),
+        r"6 frames of video for 9 rows",
+        video=True,
+    ),
     Case(
         "a span of another file",
         edit_episodes(lambda rows: [r.update({f"videos/{FRONT}/file_index": 4}) for r in rows] and None),
@@ -282,13 +287,17 @@ CASES = [
     ),
     Case(
         "no span",
-        edit_episodes(lambda rows: [r.update({f"videos/{FRONT}/from_timestamp": None}) for r in rows] and None),
+        edit_episodes(
+            lambda rows: [r.update({f"videos/{FRONT}/from_timestamp": None}) for r in rows] and None
+        ),
         rf"no video of {FRONT}",
         video=True,
     ),
     # time
     Case("timestamps off", set_rows("timestamp", {8: 0.104}), told=r"note: episode 1.*frame 2.*0\.104"),
-    Case("timestamps off, video", set_rows("timestamp", {8: 0.104}), r"episode 1.*frame 2.*0\.104", video=True),
+    Case(
+        "timestamps off, video", set_rows("timestamp", {8: 0.104}), r"episode 1.*frame 2.*0\.104", video=True
+    ),
     Case("timestamps going back", set_rows("timestamp", {8: 0.01}), r"episode 1.*frame 2"),
     Case("timestamps not finite", set_rows("timestamp", {8: NAN}), r"episode 1.*frame 2"),
     # numbers
@@ -331,7 +340,11 @@ CASES = [
         ),
         r"gap \(1\)",
     ),
-    Case("an episode listed twice", edit_episodes(lambda rows: [*rows, rows[1]]), r"\[1\] are listed twice|3 episodes"),
+    Case(
+        "an episode listed twice",
+        edit_episodes(lambda rows: [*rows, rows[1]]),
+        r"\[1\] are listed twice|3 episodes",
+    ),
     Case("an index that jumps", set_rows("index", {4: 40}), r"episode 0.*frame 4 holds 40, expected 4"),
     Case("rows of another episode", set_rows("episode_index", {10: 2}), r"frame 4 holds 2, expected 1"),
     Case(
@@ -342,14 +355,35 @@ CASES = [
         "dataset_to_index",
     ),
     # files
-    Case("data_path with ..", edit_info(data_path="../dataset/data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"), None),
-    Case("data_path leaves", edit_info(data_path="../data-{chunk_index}-{file_index}.parquet"), r"\.\./data-0-0"),
+    Case(
+        "data_path with ..",
+        edit_info(data_path="../dataset/data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"),
+        None,
+    ),
+    Case(
+        "data_path leaves",
+        edit_info(data_path="../data-{chunk_index}-{file_index}.parquet"),
+        r"\.\./data-0-0",
+    ),
     Case("data_path absolute", edit_info(data_path="/etc/{chunk_index}-{file_index}"), r"/etc/0-0"),
-    Case("data_path with other fields", edit_info(data_path="data/{episode_index}.parquet"), "data_path.*episode_index"),
-    Case("video_path leaves", edit_info(video_path="../{video_key}-{file_index}.mp4"), rf"\.\./{FRONT}-0", video=True),
+    Case(
+        "data_path with other fields",
+        edit_info(data_path="data/{episode_index}.parquet"),
+        "data_path.*episode_index",
+    ),
+    Case(
+        "video_path leaves",
+        edit_info(video_path="../{video_key}-{file_index}.mp4"),
+        rf"\.\./{FRONT}-0",
+        video=True,
+    ),
     Case("a link out of the folder", link_data_elsewhere, r"file-000\.parquet.*elsewhere\.parquet"),
     Case("a snapshot of the hub", hub_snapshot),
-    Case("a slash in a feature's name", edit_feature("../../etc", dtype="image", shape=[24, 32, 3]), r"\.\./\.\./etc"),
+    Case(
+        "a slash in a feature's name",
+        edit_feature("../../etc", dtype="image", shape=[24, 32, 3]),
+        r"\.\./\.\./etc",
+    ),
     # names
     Case(
         "other names, mapped",
@@ -361,9 +395,13 @@ CASES = [
         settings={"keys": ("action=actions", "observation.state=arm+gripper", f"{FRONT}=image")},
         told=None,
     ),
-    Case("other names", rename_feature("action", "actions"), told=r"no 'action'.*action=actions",
-         settings={"train": r"no 'action'.*action=actions"}),
-]  # fmt: skip
+    Case(
+        "other names",
+        rename_feature("action", "actions"),
+        told=r"no 'action'.*action=actions",
+        settings={"train": r"no 'action'.*action=actions"},
+    ),
+]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name.replace(" ", "-"))
