@@ -2,11 +2,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 
 from spatial_forcing import cli
 from spatial_forcing.errors import ConfigError
+from tests.data_layer.conftest import write_dataset
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_dataset(tmp_path / "dataset")
 
 
 def leaves(commands=cli.COMMANDS):
@@ -87,3 +96,21 @@ def test_help_shows_options(command, capsys):
         cli.main([command, "--help"])
     assert exit_.value.code == 0
     assert "--" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["teacher", "list"], ["train", "--help"], ["data", "check", "DATA"]])
+def test_a_reader_that_leaves_early_gets_no_traceback(arguments, root):
+    """As `spatial-forcing ... | head -0`: the pipe is closed before anything is read."""
+    command = [
+        sys.executable,
+        "-m",
+        "spatial_forcing.cli",
+        *(str(root) if a == "DATA" else a for a in arguments),
+    ]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+    assert done.returncode in (0, 1, 141)  # rich ends with 1, as argparse does

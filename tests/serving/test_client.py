@@ -128,3 +128,16 @@ def test_a_url_and_openpis_names(server):
     with PolicyClient(f"ws://127.0.0.1:{server.port}", port=None) as client:
         assert client.get_server_metadata() == client.metadata
         client.reset()
+
+
+def test_a_proxy_in_the_environment_is_not_used_unless_asked_for(policy, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(policy) as server:
+        with PolicyClient(port=server.port, connect_timeout=20) as client:
+            assert client.infer(message())["actions"].ndim == 2
+        for proxy in (True, "http://127.0.0.1:9"):
+            with pytest.raises(EnvironmentSetupError, match="no policy server answers"):
+                PolicyClient(port=server.port, connect_timeout=0.5, proxy=proxy)

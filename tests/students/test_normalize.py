@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.students.normalize import Normalizer
+from spatial_forcing.students.openvla_oft.statistics import Bounds, set_from_dataset
 
 
 def stats_of(values):
@@ -81,3 +84,46 @@ def test_bad_statistics_are_named(values):
     stats["action"]["min"], stats["action"]["max"] = stats["action"]["max"], stats["action"]["min"]
     with pytest.raises(DataError, match="negative spread"):
         Normalizer(3, "min_max").fit(stats, "action")
+
+
+def gripper(frames=1000, closed=3):
+    """Two numbers: one that moves, and a gripper that closes in a few frames."""
+    values = np.random.default_rng(0).normal(size=(frames, 3))
+    values[:, 1] = 0.04
+    values[:closed, 1] = 0.0
+    values[:, 2] = 7
+    return values
+
+
+@pytest.mark.parametrize("family", ["normalizer", "bounds"])
+def test_a_gripper_that_rarely_closes_can_be_commanded(family, caplog):
+    """q01 = q99 there: scaled by them the closed position could never come out."""
+    values = gripper()
+    stats = stats_of(values)
+    assert stats["action"]["q01"][1] == stats["action"]["q99"][1]
+    if family == "normalizer":
+        scale = Normalizer(3, "quantile")
+        scale.fit(stats, "action")
+    else:
+        scale = Bounds(3)
+        set_from_dataset(scale, stats, "action", "quantile")
+    assert re.search(r"action.*\[1\].*q01 = q99", caplog.text)
+    assert re.search(r"action.*\[2\] never change", caplog.text)
+    x = torch.from_numpy(values)
+    there = scale.normalize(x)
+    torch.testing.assert_close(there[[0, 500], 1].float(), torch.tensor([-1.0, 1.0]))
+    assert (there[:, 2] == 0).all()
+    back = scale.denormalize(there)
+    torch.testing.assert_close(back[:, 1].float(), x[:, 1].float())
+    torch.testing.assert_close(back[:, 2].float(), x[:, 2].float())
+    plain = np.quantile(values[:, 0], [0.01, 0.99])  # the first dimension keeps its quantiles
+    ends = torch.zeros(2, 3, dtype=torch.float64)
+    ends[:, 0] = torch.from_numpy(plain)
+    torch.testing.assert_close(scale.normalize(ends)[:, 0].float(), torch.tensor([-1.0, 1.0]))
+
+
+def test_dimensions_that_pass_unscaled_stay_as_they_are():
+    stats = stats_of(gripper())
+    bounds = Bounds(3)
+    set_from_dataset(bounds, stats, "action", "quantile", unscaled=(1,))
+    assert bounds.low[1] == bounds.high[1] == 0.04

@@ -339,3 +339,63 @@ def test_lora_trains_saves_and_merges(tmp_path):
         atol=1e-4,
         rtol=1e-4,
     )
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    words(tmp_path / "tokens")
+    return str(tmp_path / "tokens")
+
+
+HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
+EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_tied_weights_that_differ_are_refused_and_equal_ones_read(tmp_path, tokenizer, prefix):
+    student().save_pretrained(tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    weights = {prefix + name: value for name, value in stored.items()}
+    twice = weights | {prefix + EMBEDDING: weights[prefix + HEAD].clone()}
+    for name, content in (("once", weights), ("twice", twice)):
+        (tmp_path / name).mkdir()
+        save_file(content, tmp_path / name / "model.safetensors")
+        read = Pi0(small_config(pretrained=str(tmp_path / name), tokenizer=tokenizer))
+        assert torch.equal(read.network.model.vlm.language_model.embed_tokens.weight, stored[HEAD])
+    twice[prefix + EMBEDDING][0, 0] += 1
+    (tmp_path / "apart").mkdir()
+    save_file(twice, tmp_path / "apart" / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        Pi0(small_config(pretrained=str(tmp_path / "apart"), tokenizer=tokenizer))
+    for named in (prefix + HEAD, prefix + EMBEDDING, str(tmp_path / "apart")):
+        assert named in str(caught.value)
+
+
+def test_what_is_trained_in_full_on_a_bfloat16_base_learns_in_float32(tmp_path, tokenizer):
+    """bfloat16 has eight bits: it would round a step of a usual learning rate away."""
+    student().save_pretrained(tmp_path / "saved")
+    config = small_config(dtype="bfloat16", pretrained=str(tmp_path / "saved"), tokenizer=tokenizer)
+    base = Pi0.create(config, STATS)
+    lora = LoraStudent(base, LoraSettings(rank=2), base=tmp_path / "saved")
+    trained = {n: p for n, p in lora.named_parameters() if p.requires_grad}
+    full = {name for name in trained if "lora_" not in name}
+    assert any("action_out_proj" in name for name in full)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert {p.dtype for n, p in lora.named_parameters() if n not in trained} == {torch.bfloat16}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=2.5e-5, weight_decay=0.0)
+    torch.manual_seed(0)
+    lora(fake_batch(batch_size=2))[0].backward()
+    optimizer.step()
+    for name in full:
+        felt = trained[name].grad.abs() > 1e-6
+        assert (trained[name] != before[name])[felt].float().mean() > 0.9, name
+    # Weights of usual size would not have moved at all.
+    name = next(n for n in full if n.endswith("action_out_proj.weight"))
+    assert (trained[name].bfloat16() == before[name].bfloat16()).float().mean() > 0.5
+    assert torch.isfinite(lora.act([observation()], torch.Generator().manual_seed(0))).all()
+    lora.save_pretrained(tmp_path / "adapters")
+    merged, parity = merge_checked(lora)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert set(merged.state_dict()) == set(Pi0.create(config, STATS).state_dict())
+    assert parity

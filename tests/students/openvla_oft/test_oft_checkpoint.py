@@ -10,8 +10,11 @@ from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from spatial_forcing.errors import CheckpointError
-from spatial_forcing.students import load_student
+from spatial_forcing.commands.evaluate import suite_statistics
+from spatial_forcing.commands.train import ExportOptions, export
+from spatial_forcing.errors import CheckpointError, ConfigError
+from spatial_forcing.serving.policy import load_policy
+from spatial_forcing.students import NanoConfig, NanoVLA, load_student, statistics_names
 from spatial_forcing.students.openvla_oft import OpenVLAOFT, OpenVLAOFTConfig, files, keys
 from spatial_forcing.students.openvla_oft.checkpoint import (
     find_components,
@@ -302,3 +305,63 @@ def test_aloha_heads_tell_their_constants(tmp_path):
     found = inspect_heads(tmp_path, find_components(tmp_path))
     assert (found["action_dim"], found["chunk"], found["norm"], found["state_dim"]) == (14, 25, "min_max", 14)
     assert len(found["cameras"]) == 3
+
+
+SUITES = ("libero_spatial_no_noops", "libero_goal_no_noops", "bridge_orig")
+
+
+def several(folder):
+    """A checkpoint that was trained on several suites."""
+    published(folder)
+    statistics = {}
+    for number, name in enumerate(SUITES):
+        statistics[name] = {"action": bounds(7, [True] * 6 + [False]), "proprio": bounds(8)}
+        statistics[name]["action"]["q99"] = [2.0 + number] * 7
+    (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
+    return folder
+
+
+def test_statistics_are_chosen_by_name_or_by_suite(tmp_path):
+    folder = several(tmp_path / "policy")
+    assert statistics_names(folder) == SUITES
+    goal = load_student(folder, statistics="libero_goal_no_noops")
+    assert goal.action_bounds.high.tolist() == [3.0] * 7
+    assert suite_statistics(folder, ["libero_spatial-0", "libero_spatial-3"]) == SUITES[0]
+    assert suite_statistics(folder, ["libero_goal-1"]) == SUITES[1]
+    for tasks in (["libero_10-0"], ["libero_goal-1", "libero_spatial-0"]):
+        with pytest.raises(ConfigError, match="bridge_orig.*--statistics"):
+            suite_statistics(folder, tasks)
+    with pytest.raises(CheckpointError, match="libero_goal_no_noops"):
+        load_student(folder, statistics="libero_gaol")
+
+
+def test_serving_and_export_take_the_statistics(tmp_path):
+    folder = several(tmp_path / "policy")
+    with pytest.raises(CheckpointError, match="none was chosen"):
+        load_policy(folder)
+    served = load_policy(folder, statistics="bridge_orig")
+    assert served.student.action_bounds.high.tolist() == [4.0] * 7
+    export(ExportOptions(folder, tmp_path / "out", statistics="bridge_orig"))
+    assert statistics_names(tmp_path / "out") == ("bridge_orig",)
+    assert load_student(tmp_path / "out").action_bounds.high.tolist() == [4.0] * 7
+
+
+def test_a_policy_with_statistics_of_its_own_offers_no_choice(tmp_path):
+    NanoVLA(NanoConfig(("front",), image_size=16, patch_size=8, width=32, depth=1, heads=2)).save_pretrained(
+        tmp_path
+    )
+    assert statistics_names(tmp_path) == ()
+    assert suite_statistics(tmp_path, ["reach-v3"]) is None
+    with pytest.raises(CheckpointError, match="'bridge'"):
+        load_student(tmp_path, statistics="bridge")
+
+
+@pytest.mark.parametrize("prefix", ["module."])
+def test_a_head_that_is_stored_twice_and_differs_is_refused(tmp_path, prefix):
+    published(tmp_path)
+    path = tmp_path / "action_head--150000_checkpoint.pt"
+    state = torch.load(path)
+    name = next(iter(state)).removeprefix(prefix)
+    torch.save(state | {name: state[prefix + name] + 1}, path)
+    with pytest.raises(CheckpointError, match=rf"{name}.*differ"):
+        OpenVLAOFT.from_pretrained(tmp_path)
