@@ -128,13 +128,16 @@ class RobomimicConverter:
                         continue
                     part = next((key for key in PARTS if name in masks.get(key, ())), PARTS[0])
                     length = len(file["data"][name].get("actions", ()))
-                    label = f"{path.name}/{name}"
+                    label = f"{self._label(path)}/{name}"
                     episode = SourceEpisode(label, length, partial(self._read, path, name), split=part)
                     found[part].append(episode)
         if self.filter_key is not None and self.filter_key not in known:
             raise unknown("filter key", self.filter_key, known)
         episodes = [episode for part in PARTS for episode in found[part]]
-        return episodes + [left_out(path.name, why) for path, why in skipped.items()]
+        return episodes + [left_out(self._label(path), why) for path, why in skipped.items()]
+
+    def _label(self, path: Path) -> str:
+        return path.name if path == self.source else str(path.relative_to(self.source))
 
     def _files(self) -> tuple[list[Path], dict[Path, str]]:
         return ([self.source], {}) if self.source.is_file() else episode_files(self.source)
