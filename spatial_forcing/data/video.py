@@ -27,6 +27,10 @@ NO_LOOKAHEAD = "mbtree=0:rc-lookahead=0"
 differently from time to time, which would make an unchanged episode look changed."""
 
 
+LOOK_BACK = (0.0, 1.0, 4.0, 16.0, float("inf"))
+"""Seconds before a frame at which a key frame is looked for, one after the other."""
+
+
 class VideoEncoder:
     """Encodes frames as they come into an mp4 in memory: H.264, yuv420p (even sizes), no B-frames."""
 
@@ -64,7 +68,8 @@ def join_videos(parts: Sequence[Path], lengths: Sequence[int], fps: int, target:
         for part, length in zip(parts, lengths, strict=True):
             with av.open(str(part)) as source:
                 origin = source.streams.video[0]
-                stream = stream or output.add_stream_from_template(origin)
+                # Opaque: there need be no encoder of that name (AV1 is decoded by another library).
+                stream = stream or output.add_stream_from_template(origin, opaque=True)
                 shift = round(Fraction(before, fps) / origin.time_base)
                 for packet in source.demux(origin):
                     if packet.dts is None:
@@ -85,7 +90,8 @@ def codec_parameters(path: Path) -> tuple[Any, ...]:
     with _opened(path) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
-        return context.name, context.width, context.height, context.pix_fmt, bytes(context.extradata or b"")
+        name = stream.codec.canonical_name
+        return name, context.width, context.height, context.pix_fmt, bytes(context.extradata or b"")
 
 
 def first_frames(path: Path, count: int, fps: int) -> bytes | None:
@@ -112,7 +118,7 @@ def first_frames(path: Path, count: int, fps: int) -> bytes | None:
             return None
         buffer = io.BytesIO()
         with av.open(buffer, "w", format="mp4") as output:
-            copy = output.add_stream_from_template(stream)
+            copy = output.add_stream_from_template(stream, opaque=True)
             for packet in kept:
                 packet.stream = copy
                 output.mux(packet)
@@ -187,16 +193,21 @@ class VideoReader:
             DataError: there is none (a truncated file).
         """
         ahead = (time - self._time) / (2 * self._half)
-        if not 0.5 < ahead < 2 * KEY_FRAMES:
-            self._seek(time)
+        frame: Any = None
         try:
-            for frame in self._frames:
-                self._time = float(frame.pts * self._stream.time_base)
-                if self._time >= time - self._half:
-                    break
+            if 0.5 < ahead < 2 * KEY_FRAMES:
+                frame = self._next(time)
+            else:
+                # Key frames are found by when they are decoded, and one that is shown later may lie behind
+                # the frame. What is shown before it cannot be decoded from there: look further back.
+                for back in LOOK_BACK:
+                    self._seek(time - back)
+                    frame = self._next(time)
+                    if self._time <= time + self._half or time - back <= 0:
+                        break
         except av.FFmpegError as error:
             raise DataError(f"{self._path} cannot be decoded at {time:.3f} s ({error}).") from error
-        if not abs(self._time - time) <= self._half * 1.01:
+        if frame is None or not abs(self._time - time) <= self._half * 1.01:
             raise DataError(
                 f"{self._path} has no frame at {time:.3f} s; the file is truncated. "
                 "Run `spatial-forcing data check` and restore or re-record the episode."
@@ -208,8 +219,17 @@ class VideoReader:
         """Close the file."""
         self._container.close()
 
+    def _next(self, time: float) -> Any:
+        """The first frame from here on that is not before `time`, else the last one there is."""
+        frame = None
+        for frame in self._frames:
+            self._time = float(frame.pts * self._stream.time_base)
+            if self._time >= time - self._half:
+                break
+        return frame
+
     def _seek(self, time: float) -> None:
-        offset = max(0, int((time - self._half) / self._stream.time_base))
+        offset = int(max(0.0, time - self._half) / self._stream.time_base)
         self._container.seek(offset, stream=self._stream, backward=True)
         self._frames = self._container.decode(self._stream)
         self._time = float("-inf")

@@ -185,7 +185,7 @@ def test_filter_keys_become_splits(tmp_path):
     assert dataset.episodes[0].task == "nut assembly square"
     part = converted("robomimic", tmp_path / "raw", tmp_path / "valid", filter_key="valid")
     assert_holds(part, [wanted[0], wanted[2]])
-    with pytest.raises(ConfigError, match="'vaild'.*Did you mean 'valid'"):
+    with pytest.raises(ConfigError, match=r"'vaild'.*Did you mean 'valid'"):
         converted("robomimic", tmp_path / "raw", tmp_path / "typo", filter_key="vaild")
 
 

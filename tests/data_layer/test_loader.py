@@ -3,10 +3,12 @@ import pytest
 import torch
 
 from spatial_forcing.data.augment import Augment
-from spatial_forcing.data.geometry import letterbox_map
+from spatial_forcing.data.geometry import letterbox_map, warp
 from spatial_forcing.data.loader import BatchLoader
 from spatial_forcing.errors import ConfigError, DataError
-from spatial_forcing.views import views_from_batch
+from spatial_forcing.teachers.cache_source import dataset_source
+from spatial_forcing.teachers.cache_write import read_views
+from spatial_forcing.views import IMAGE_PREFIX, views_from_batch
 
 STRONG = Augment(crop_area=(0.5, 0.9), rotation=10, brightness=0.3, contrast=0.4, saturation=0.5)
 
@@ -153,3 +155,30 @@ def test_errors_of_the_thread_arrive_in_their_place(dataset):
 def test_settings_that_cannot_work_are_refused(dataset, options, message):
     with pytest.raises(ConfigError, match=message):
         loader_of(dataset, **options)
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_frames_of_cameras_of_several_sizes_are_kept_as_a_cache_holds_them(dataset, augmented):
+    """The map and the frame together show what the student sees, and a cache is made of the same frames."""
+    augment = Augment(crop_area=(0.6, 0.9), rotation=8) if augmented else None
+    loader = BatchLoader(
+        dataset, cameras=("front", "wrist"), chunk=1, batch_size=4, seed=0, image_size=64,
+        augment=augment, keep_frames=True, progress=False,
+    )  # fmt: skip
+    batch = loader.batch(0)
+    cached, _ = read_views(dataset_source(dataset), batch["index"].numpy(), ("front", "wrist"))
+    views = views_from_batch(batch, ("front", "wrist"))
+    assert views.images.shape[-2:] == (24, 32)  # the smallest frame that holds both
+    assert torch.equal(views.images, cached.images)
+    assert torch.equal(views.valid, cached.valid)
+    assert views.valid[:, 0].all()
+    assert (~views.valid[0, 1]).float().mean() == pytest.approx(1 - 24 * 24 / (24 * 32), abs=0.03)
+    for number, camera in enumerate(("front", "wrist")):
+        seen = warp(views.images[:, number], views.student_to_view[:, number], (64, 64))
+        picture = warp(
+            views.valid[:, number : number + 1].float(), views.student_to_view[:, number], (64, 64)
+        )
+        inside = (picture > 0.999).expand_as(seen)
+        shown = batch[IMAGE_PREFIX + camera].float() / 255
+        assert inside.float().mean() > 0.3
+        assert (seen - shown)[inside].abs().mean() < 0.02

@@ -154,13 +154,11 @@ def reencode(mode):
     def change(values):
         for row, cell in enumerate(values):
             with Image.open(io.BytesIO(cell["bytes"])) as image:
-                if mode == "I;16":
-                    pixels = np.asarray(image.convert("L")).astype(np.uint16) * 200
-                    image = Image.fromarray(pixels)
-                else:
-                    image = image.convert(mode)
-                buffer = io.BytesIO()
-                image.save(buffer, format="PNG")
+                changed = image.convert("L" if mode == "I;16" else mode)
+            if mode == "I;16":
+                changed = Image.fromarray(np.asarray(changed).astype(np.uint16) * 200)
+            buffer = io.BytesIO()
+            changed.save(buffer, format="PNG")
             values[row] = {"bytes": buffer.getvalue(), "path": None}
 
     return put(FRONT, change)

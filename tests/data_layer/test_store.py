@@ -1,4 +1,9 @@
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +12,8 @@ from spatial_forcing import storage
 from spatial_forcing.data import Dataset, DatasetWriter
 from spatial_forcing.data.store import DecodedStore, store_bytes, verify_store
 from spatial_forcing.errors import DataError, EnvironmentSetupError
+
+ROOT = Path(__file__).parents[2]
 
 
 def count_decoded(monkeypatch):
@@ -115,3 +122,60 @@ def test_too_little_disk_is_said_before_anything_is_written(dataset, monkeypatch
 def test_a_camera_outside_the_store_is_named(dataset):
     with pytest.raises(DataError, match="'front' is not in this store"):
         dataset.store(["wrist"], progress=False).images([0], "front")
+
+
+def test_a_store_of_some_episodes_holds_no_others(dataset, monkeypatch):
+    decoded = count_decoded(monkeypatch)
+    part = dataset.store(["front"], progress=False, episodes=[0, 2])
+    assert [index for index, _ in decoded] == [*range(6), *range(15, 19)]
+    assert np.array_equal(part.images([0, 16], "front"), [dataset.image(i, "front") for i in (0, 16)])
+    with pytest.raises(DataError, match=r"frames \[8\]"):  # its rows in the file are zeros
+        part.images([0, 8], "front")
+    decoded.clear()
+    assert_equal_to_decoding(dataset.store(["front"], progress=False), dataset)
+    assert [index for index, _ in decoded][:9] == list(range(6, 15))
+
+
+def test_a_folder_may_be_given(dataset, tmp_path):
+    elsewhere = Dataset.open(dataset.root, store=tmp_path / "stores")
+    assert_equal_to_decoding(elsewhere.store(progress=False), elsewhere)
+    (folder,) = (tmp_path / "stores").iterdir()
+    assert folder.name.startswith("dataset-")
+    assert not (dataset.root / ".decoded").exists()
+    assert verify_store(elsewhere) == []
+
+
+PROGRAM = """
+import os, sys
+from spatial_forcing.data import Dataset
+from spatial_forcing.data.store import store_folder
+dataset = Dataset.open(sys.argv[1])
+if os.geteuid() == 0:  # whom no mode keeps from writing
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+store = dataset.store(progress=False)
+assert store.images([7], "front").any()
+print(store_folder(dataset))
+"""
+
+
+def test_a_dataset_in_a_folder_that_cannot_be_written(build):
+    """Its store goes into the user's cache folder."""
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        cache = Path(place) / "cache"
+        cache.mkdir()
+        cache.chmod(0o777)
+        root = build.write_dataset(Path(place) / "dataset")
+        folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
+        for folder in folders:
+            folder.chmod(0o555)
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(root)],
+            env={**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        for folder in folders:
+            folder.chmod(0o755)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(str(cache / "spatial-forcing" / "decoded" / "dataset-"))
+        assert not (root / ".decoded").exists()

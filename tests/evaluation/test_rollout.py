@@ -238,6 +238,7 @@ def test_the_first_episodes_of_each_task_are_filmed(tmp_path, pool):
     row = json.loads(out.read_text().splitlines()[0])
     assert row["tags"] == {"step": 3}
     assert row["setup"] == {"execute": 3, "env": {}}
+    assert row["threads"] == torch.get_num_threads()
 
 
 def test_states_and_images_reach_the_policy_as_arrays(pool):

@@ -14,6 +14,7 @@ from tests.serving.served import STATS, observation, tiny_student
 
 def test_metadata_says_what_a_client_must_know(policy):
     about = policy.signature.metadata()
+    assert about["torch_threads"] == torch.get_num_threads()
     assert about["cameras"]["front"] == {"shape": [None, None, 3], "dtype": "uint8"}
     assert (about["state_dim"], about["action_dim"], about["chunk"]) == (4, 3, 6)
     assert about["normalisation"] == {"state_norm": "mean_std", "action_norm": "min_max"}

@@ -14,6 +14,7 @@ from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing import ForcingConfig
 from spatial_forcing.students import LoraSettings, NanoConfig, Pi0Config, load_student
 from spatial_forcing.students.parity import example_observations
+from spatial_forcing.teachers.cache import CachedTeacher
 from spatial_forcing.teachers.cache_build import build_cache
 from spatial_forcing.teachers.cache_source import dataset_source
 from spatial_forcing.training import OptimConfig, TrainConfig, build_parts, train
@@ -228,3 +229,51 @@ def test_pi0_trains_on_wide_frames_from_a_cache(tmp_path):
         ]
     )
     assert torch.isfinite(actions).all()
+
+
+def test_cameras_of_several_sizes_train_from_a_cache(tmp_path):
+    """A cache of them used to be refused, though a live teacher takes them."""
+    rng = np.random.default_rng(0)
+    writer = DatasetWriter.create(
+        tmp_path / "data", fps=20, cameras={"front": (24, 32), "wrist": (16, 16)}, state_dim=4, action_dim=4
+    )
+    for _ in range(12):
+        images = {
+            "front": rng.integers(0, 255, (24, 32, 3), np.uint8),
+            "wrist": rng.integers(0, 255, (16, 16, 3), np.uint8),
+        }
+        numbers = rng.normal(size=(2, 4)).astype(np.float32)
+        writer.add_frame({"images": images, "state": numbers[0], "action": numbers[1]}, task="a")
+    writer.save_episode()
+    writer.finalize()
+    dataset = Dataset.open(tmp_path / "data")
+    build_cache(FakeTeacher(), dataset_source(dataset, CAMERAS), tmp_path / "cache", progress=False)
+    settings = {"dataset": tmp_path / "data", "cache": tmp_path / "cache"}
+    run = train(make_config(tmp_path, tmp_path / "run", **settings))
+    assert 0 < run.metrics["align_loss"] < 2
+    parts = build_parts(make_config(tmp_path, tmp_path / "other", **settings))
+    batch = parts.batches.batch(0)
+    views = parts.student.views(batch)
+    live = FakeTeacher().features(views)[0]
+    torch.testing.assert_close(parts.teacher.features(views)[0], live, atol=0.02, rtol=0.02)
+
+
+def test_a_cache_must_hold_what_the_run_is_trained_on(folders, tmp_path):
+    dataset = Dataset.open(folders / "data")
+    source = dataset_source(dataset, CAMERAS, episodes=[0, 2])
+    build_cache(FakeTeacher(), source, tmp_path / "cache", progress=False)
+    settings = {"cache": tmp_path / "cache"}
+    train(make_config(folders, tmp_path / "run", episodes=(0, 2), **settings))
+    for episodes in (None, (0, 1)):
+        with pytest.raises(ConfigError, match=r"frames of .* that the run is trained on"):
+            build_parts(make_config(folders, tmp_path / "other", episodes=episodes, **settings))
+    # What is there stays when more is added, and when less is asked for again.
+    for episodes in (None, [0, 2]):
+        build_cache(
+            FakeTeacher(),
+            dataset_source(dataset, CAMERAS, episodes=episodes),
+            tmp_path / "cache",
+            progress=False,
+        )
+        assert len(CachedTeacher(tmp_path / "cache")) == sum(LENGTHS)
+    train(make_config(folders, tmp_path / "whole", **settings))

@@ -28,6 +28,7 @@ from spatial_forcing.data.convert.hdf5 import (
     dataset,
     episode_files,
     first_size,
+    numbers,
     open_hdf5,
     text_of,
     width_of,
@@ -126,7 +127,7 @@ class AlohaConverter:
 
     def _read(self, path: Path, name: str) -> Iterator[tuple[Frame, str]]:
         with open_hdf5(path) as file:
-            state, action = (np.asarray(dataset(file, key), np.float32) for key in (STATE, ACTION))
+            state, action = (numbers(dataset(file, key)) for key in (STATE, ACTION))
             task = self.task or instruction(file, path, self.source)
             cameras = {new: self._frames(file, key) for key, new in self._cameras(file).items()}
             lengths = {STATE: len(state), ACTION: len(action), **{c: len(f) for c, f in cameras.items()}}

@@ -75,6 +75,8 @@ def dataset(file: Any, name: str) -> Any:
 
     found = file.get(name)
     if isinstance(found, h5py.Dataset):
+        if not found.ndim:
+            raise DataError(f"{Path(file.filename).name}: {name!r} is a single value; expected one a frame")
         return found
     there: list[str] = []
     file.visit(there.append)
@@ -110,7 +112,10 @@ class Frames:
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB. Raises `DataError` when it cannot be decoded."""
         if self.raw:
-            image = np.asarray(self._array[index])
+            try:
+                image = np.asarray(self._array[index])
+            except OSError as error:
+                raise DataError(f"frame {index} of {self._array.name} cannot be read ({error})") from error
         else:
             try:
                 image = decode_colour(self.stored(index))
@@ -142,6 +147,22 @@ def demonstrations(file: Any, path: Path) -> list[str]:
     if not names:
         raise DataError(f"{path} has no demonstration in its group 'data'; download it again.")
     return sorted(names, key=natural)
+
+
+def numbers(array: Any, dtype: type[Any] = np.float32) -> NDArray[Any]:
+    """The content of an array of numbers. Raises `DataError` where it holds something else."""
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{array.name} holds {array.dtype}, no numbers")
+    try:
+        return np.asarray(array, dtype)
+    except OSError as error:
+        raise DataError(f"{array.name} cannot be read ({error})") from error
+
+
+def rows_of(group: Any, name: str) -> int:
+    """Rows of the array `name`; 0 where there is none, which reading it names."""
+    array = group.get(name)
+    return len(array) if getattr(array, "ndim", 0) else 0
 
 
 def width_of(array: Any) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spatial_forcing.data.convert import EpisodeSkipped, Schema, SourceEpisode
-from spatial_forcing.data.convert.hdf5 import arrays_of, demonstrations, open_hdf5, width_of
+from spatial_forcing.data.convert.hdf5 import arrays_of, demonstrations, numbers, open_hdf5, rows_of, width_of
 from spatial_forcing.data.convert.rlds import RLDSEpisode, read_episodes, tfrecord_files
 from spatial_forcing.data.convert.sources import STILL, appended, column_names, joined, left_out, recordings
 from spatial_forcing.data.episode import Frame
@@ -129,7 +129,7 @@ class LiberoConverter:
     def _of_hdf5(self, path: Path, player: _Player) -> Iterator[SourceEpisode]:
         with open_hdf5(path) as file:
             for name in demonstrations(file, path)[: self.episodes_per_task]:
-                length = len(file["data"][name].get("actions", ()))
+                length = rows_of(file["data"][name], "actions")
                 yield SourceEpisode(f"{path.name}/{name}", length, partial(self._read, path, name, player))
 
     def _of_shard(self, path: Path) -> Iterator[SourceEpisode]:
@@ -147,7 +147,7 @@ class LiberoConverter:
         if files := self._files():
             with open_hdf5(files[0]) as file:
                 group = file["data"][demonstrations(file, files[0])[0]]
-                arrays = arrays_of(group, len(group.get("actions", ())))
+                arrays = arrays_of(group, rows_of(group, "actions"))
                 return {name: width_of(array) for name, array in arrays.items()}, HDF5_TAKEN
         for shard in tfrecord_files(self.source)[0]:
             for episode in read_episodes(shard):
@@ -267,7 +267,7 @@ def _demonstration(path: Path, name: str, group: Any, append: Sequence[str]) -> 
     def read(key: str, ndim: int = 2) -> NDArray[Any]:
         if key not in group:
             raise DataError(f"{path}, {name}: {key!r} is missing; this is no LIBERO demonstration file.")
-        array = np.asarray(group[key])
+        array = numbers(group[key], group[key].dtype)
         if array.ndim != ndim:
             raise DataError(f"{path}, {name}: {key!r} is {array.shape}; expected {ndim} dimensions.")
         return array

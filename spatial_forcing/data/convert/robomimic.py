@@ -25,7 +25,9 @@ from spatial_forcing.data.convert.hdf5 import (
     demonstrations,
     episode_files,
     first_size,
+    numbers,
     open_hdf5,
+    rows_of,
     text_of,
     width_of,
 )
@@ -127,7 +129,7 @@ class RobomimicConverter:
                     if self.filter_key is not None and name not in masks.get(self.filter_key, ()):
                         continue
                     part = next((key for key in PARTS if name in masks.get(key, ())), PARTS[0])
-                    length = len(file["data"][name].get("actions", ()))
+                    length = rows_of(file["data"][name], "actions")
                     label = f"{self._label(path)}/{name}"
                     episode = SourceEpisode(label, length, partial(self._read, path, name), split=part)
                     found[part].append(episode)
@@ -176,7 +178,7 @@ class RobomimicConverter:
     def _read(self, path: Path, name: str) -> Iterator[tuple[Frame, str]]:
         with open_hdf5(path) as file:
             group = file["data"][name]
-            action = np.asarray(_array(group, "actions", path), np.float32)
+            action = numbers(_array(group, "actions", path))
             if action.ndim != 2 or not len(action):
                 raise DataError(f"its actions are {action.shape}; expected rows of numbers")
             arrays = arrays_of(group, len(action))
@@ -207,7 +209,7 @@ class RobomimicConverter:
 
 def _array(group: Any, name: str, path: Path) -> Any:
     found = group.get(name)
-    if found is None or not hasattr(found, "ndim"):
+    if not getattr(found, "ndim", 0):
         raise DataError(f"{path}, {group.name}: there is no array {name!r}; it is no robomimic file.")
     return found
 

@@ -25,6 +25,7 @@ from spatial_forcing.data.convert.hdf5 import (
     dataset,
     episode_files,
     first_size,
+    numbers,
     open_hdf5,
     width_of,
 )
@@ -92,7 +93,7 @@ class RoboTwinConverter:
             more = sum((column_names(n, width_of(arrays[n])) for n in self.append if n in arrays), ())
             unused = {name: self._option(name) for name in arrays if not self._takes(name)}
             intrinsics = {
-                new: np.asarray(dataset(file, f"{OBSERVATION}/{old}/intrinsic_cv")[0], np.float64)
+                new: numbers(dataset(file, f"{OBSERVATION}/{old}/intrinsic_cv"), np.float64)[0]
                 for old, new in self.cameras.items()
                 if self.geometry
             }
@@ -125,7 +126,7 @@ class RoboTwinConverter:
     def _read(self, path: Path, number: int) -> Iterator[tuple[Frame, str]]:
         task = self.task or self._instruction(path, number)
         with open_hdf5(path) as file:
-            joints = np.asarray(dataset(file, JOINTS), np.float32)
+            joints = numbers(dataset(file, JOINTS))
             cameras = {new: self._frames(file, old) for old, new in self.cameras.items()}
             depths, poses = self._depths(file), self._poses(file)
             parts = {"joints": joints, **cameras, **{f"{c} depth": d for c, d in depths.items()}}
@@ -180,7 +181,7 @@ class RoboTwinConverter:
         if not self.geometry:
             return {}
         return {
-            new: np.asarray(dataset(file, f"{OBSERVATION}/{old}/extrinsic_cv"), np.float64)
+            new: numbers(dataset(file, f"{OBSERVATION}/{old}/extrinsic_cv"), np.float64)
             for old, new in self.cameras.items()
         }
 

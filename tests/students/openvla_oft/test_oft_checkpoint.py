@@ -329,7 +329,7 @@ def test_statistics_are_chosen_by_name_or_by_suite(tmp_path):
     assert suite_statistics(folder, ["libero_spatial-0", "libero_spatial-3"]) == SUITES[0]
     assert suite_statistics(folder, ["libero_goal-1"]) == SUITES[1]
     for tasks in (["libero_10-0"], ["libero_goal-1", "libero_spatial-0"]):
-        with pytest.raises(ConfigError, match="bridge_orig.*--statistics"):
+        with pytest.raises(ConfigError, match=r"bridge_orig.*--statistics"):
             suite_statistics(folder, tasks)
     with pytest.raises(CheckpointError, match="libero_goal_no_noops"):
         load_student(folder, statistics="libero_gaol")
