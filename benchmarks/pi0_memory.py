@@ -1,9 +1,9 @@
-"""Host memory of pi0 at its published size (3.5 B parameters): reading the weights, and fine-tuning with LoRA.
+"""Host memory of pi0 at its published size (3.5 B parameters): reading weights, and fine-tuning with LoRA.
 
 python -m benchmarks.pi0_memory --folder FOLDER
 
-The folder gets random weights in openpi's layout (7 GB, bfloat16), a tokenizer and a small ALOHA dataset, unless
-they are there. Every measurement runs in a process of its own.
+The folder gets random weights in openpi's layout (7 GB, bfloat16), a tokenizer and a small ALOHA dataset,
+unless they are there. Every measurement runs in a process of its own.
 """
 
 from __future__ import annotations

@@ -266,7 +266,7 @@ class _Rows:
     def _images(self, key: str, name: str, decode: bool) -> Iterator[Problem]:
         depth = key in self.info.depths.values()
         shape = tuple(self.info.features[key]["shape"])
-        size = shape[:2] if depth else _size(self.info, key)
+        size = _size(self.info, key)
         bad: list[str] = []
         for i, frame in enumerate(self.frames):
             try:

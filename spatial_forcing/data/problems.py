@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from spatial_forcing.errors import DataError
@@ -41,7 +42,7 @@ class Problem:
 
 
 def refuse(problems: Iterable[Problem], root: Any) -> None:
-    """Log the notes.
+    """Log the notes, each once.
 
     Raises:
         DataError: there is a problem that is no note; quotes the first of them.
@@ -55,4 +56,10 @@ def refuse(problems: Iterable[Problem], root: Any) -> None:
             f"{root}: {quoted}{more} Run `spatial-forcing data check {root}` to see every problem."
         )
     for problem in found:
-        logger.warning("%s: %s", root, problem)
+        _say(f"{root}: {problem}")
+
+
+@lru_cache(maxsize=1024)
+def _say(note: str) -> None:
+    """Once a process: a comparison opens its dataset many times."""
+    logger.warning("%s", note)

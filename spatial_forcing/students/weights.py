@@ -48,13 +48,13 @@ def read_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
         yield name, read_tensor(files[name], name)
 
 
-def assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put a copy of `value` in the place of the parameter or buffer `name`."""
+def assign(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Put a copy of `value` (as `dtype`; default its own) in the place of the parameter or buffer `name`."""
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
     old = getattr(owner, leaf)
-    # Cloned: the tensor may be a view of the mapped file, or of a larger tensor that it was cut from.
-    own = value.clone(memory_format=torch.contiguous_format)
+    # Copied, once: the tensor may be a view of the mapped file, or of a larger tensor that it was cut from.
+    own = value.to(dtype or value.dtype, copy=True, memory_format=torch.contiguous_format)
     setattr(owner, leaf, nn.Parameter(own, old.requires_grad) if isinstance(old, nn.Parameter) else own)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from spatial_forcing.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 Decay = Literal["cosine", "linear", "constant", "step"]
 
@@ -103,7 +107,16 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW over `parameter_groups`."""
+    """AdamW over `parameter_groups`. Warns where 16-bit weights are trained, which lose small steps."""
+    half = [p for p in module.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        logger.warning(
+            "%s M parameters are trained in %s, which rounds a step away that is below 0.2 %% of a weight "
+            "(lr is %g): train in float32 with mixed_precision bf16, or with LoRA.",
+            round(sum(p.numel() for p in half) / 1e6, 2),
+            half[0].dtype,
+            config.lr,
+        )
     groups = parameter_groups(module, config.weight_decay)
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 

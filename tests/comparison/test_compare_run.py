@@ -142,6 +142,13 @@ def test_without_a_simulator_arms_are_compared_on_held_out_demonstrations(
     kept, held = module.hold_out(Dataset.open(moving_rooms), 0.3)
     assert len(held) == 2
     assert [run.episodes for _, run in trained] == [tuple(kept)] * 4
+    # Nothing of the held-out episodes enters a run, its scales included.
+    scales = Dataset.open(moving_rooms).statistics(kept)["action"]
+    middle = torch.from_numpy((scales["min"] + scales["max"]) / 2).float()
+    everywhere = Dataset.open(moving_rooms).statistics()["action"]
+    assert not (scales["max"] == everywhere["max"]).all() or not (scales["min"] == everywhere["min"]).all()
+    for _, run in trained:
+        torch.testing.assert_close(load_student(run.output / "policy").action_norm.offset, middle)
     assert found.rows == ()
     assert found.held_out.episodes == 2
     assert [row.arm for row in found.held_out.rows] == ["alpha0", "sf"]

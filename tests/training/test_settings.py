@@ -206,3 +206,23 @@ def test_pi0_presets_are_the_papers(name, steps, rank, cameras):
     assert config.student.size.depth == 18
     with pytest.raises(ConfigError, match="state_dim"):
         preset(name, dataset="data", output="out", overrides={"student.state_dim": 40})
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("pi0-robotwin", "bfloat16"), ("pi0-aloha-lora", "bfloat16"), ("pi0-aloha", "float32")],
+)
+def test_a_frozen_base_is_loaded_in_bfloat16_and_one_that_is_trained_in_float32(name, dtype):
+    config = preset(name, dataset="d", output="o")
+    assert config.student.dtype == dtype
+    assert bool(config.lora.rank) == (dtype == "bfloat16")
+
+
+def test_sixteen_bit_weights_that_are_trained_are_said(caplog):
+    module = nn.Linear(4, 4).bfloat16()
+    make_optimizer(module, OptimConfig(lr=2.5e-5))
+    assert "bfloat16" in caplog.text
+    assert "2.5e-05" in caplog.text
+    caplog.clear()
+    make_optimizer(nn.Linear(4, 4), OptimConfig())
+    assert not caplog.records

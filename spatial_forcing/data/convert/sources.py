@@ -42,7 +42,7 @@ def recordings(source: Path, pattern: str) -> tuple[list[Path], dict[Path, str]]
             continue
         if any(part.startswith(".") for part in parts):
             left_out[path] = "a hidden file"
-        elif any("incomplete" in part for part in parts[:-1]):
+        elif any(".incomplete" in part for part in parts):
             left_out[path] = "in the folder of an interrupted download"
         else:
             files.append(path)

@@ -202,7 +202,7 @@ def _read_weights(student: Any, folder: Path) -> None:
             student.unused[key] = value.to(dtype).clone()
             continue
         for name, part in zip(entry.ours, entry.read(value), strict=True):
-            assign(student, name, part.to(dtype))
+            assign(student, name, part, dtype)
     assign(student, "vision.dino.embeddings.mask_token", torch.zeros(1, student.config.dino[0], dtype=dtype))
 
 
@@ -284,7 +284,7 @@ def _read_film(student: Any, path: Path) -> None:
                 raise CheckpointError(
                     f"{path}: {entry.published} gives {tuple(part.shape)}, expected {tuple(own[name].shape)}."
                 )
-            assign(student, name, part.to(dtype))
+            assign(student, name, part, dtype)
 
 
 def merged_adapters(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
