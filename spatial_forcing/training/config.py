@@ -248,7 +248,7 @@ def installed(package: str) -> bool:
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings of two plain configurations that change what is learned, with both values.
 
-    More steps are no change where `new` extends the run.
+    More steps are no change where `new` extends the run, nor is the warm-up, which may depend on them.
     A setting that `old` lacks, because the version that wrote it had none, has its default.
     """
     with suppress(ConfigError):  # a setting that this version does not know is named below
@@ -256,4 +256,5 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str
     found = differences(old, new)
     if new.get("extend") and int(old.get("steps", 0)) < int(new["steps"]):
         found.pop("steps", None)
+        found.pop("optim.warmup_steps", None)
     return {name: values for name, values in found.items() if name.split(".")[0] not in NEUTRAL}

@@ -66,12 +66,14 @@ class RunResult:
 def open_run(config: TrainConfig, writes: bool = True) -> None:
     """Check that `config.output` is new or holds this very run; the main process also records it there.
 
+    A start that failed before its first step is no run: the corrected configuration takes its place.
+
     Raises:
         ConfigError: the folder holds a run with another configuration; names what differs.
     """
     path = config.output / CONFIG
     plain = config.to_plain()
-    if path.exists():
+    if path.exists() and _begun(config.output):
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -80,6 +82,13 @@ def open_run(config: TrainConfig, writes: bool = True) -> None:
     if writes:
         write_json(config.output / ENVIRONMENT, environment(config.output / DIFF))
         write_json(path, plain)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run directory holds more than its configuration."""
+    checkpoints = (folder / CHECKPOINTS).glob("step-*")
+    metrics = folder / METRICS
+    return any(checkpoints) or (folder / RESULT).exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def refuse_changes(held: Mapping[str, Any], new: Mapping[str, Any], place: Path) -> None:

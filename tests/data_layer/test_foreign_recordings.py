@@ -352,3 +352,12 @@ def test_a_source_without_recordings_is_named(tmp_path):
         with pytest.raises(DataError, match=str(tmp_path / "empty")):
             converted(kind, tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_start_that_failed_leaves_nothing_in_the_way_of_the_corrected_command(tmp_path):
+    wanted = recording("aloha", tmp_path / "raw")
+    with pytest.raises(ConfigError, match="'torqe'"):
+        converted("aloha", tmp_path / "raw", tmp_path / "out", append=("torqe",))
+    assert_holds(converted("aloha", tmp_path / "raw", tmp_path / "out"), wanted)
+    with pytest.raises(ConfigError, match="another conversion"):  # now there is something to lose
+        converted("aloha", tmp_path / "raw", tmp_path / "out", append=("observations/qpos",))

@@ -277,3 +277,11 @@ def test_a_cache_must_hold_what_the_run_is_trained_on(folders, tmp_path):
         )
         assert len(CachedTeacher(tmp_path / "cache")) == sum(LENGTHS)
     train(make_config(folders, tmp_path / "whole", **settings))
+
+
+def test_a_start_that_failed_leaves_nothing_in_the_way_of_the_corrected_command(folders, tmp_path):
+    with pytest.raises(ConfigError, match="'actoin'"):
+        train(make_config(folders, tmp_path / "run", alpha=0.0, keys=("action=actoin",)))
+    train(make_config(folders, tmp_path / "run", alpha=0.0))
+    with pytest.raises(ConfigError, match="holds a run with another configuration"):
+        train(make_config(folders, tmp_path / "run", alpha=0.0, seed=4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from spatial_forcing.data.check import check
 from spatial_forcing.data.convert import Converter, EpisodeSkipped, Schema, SourceEpisode
 from spatial_forcing.data.info import INFO_FILE, VIDEO_FILE, DatasetInfo
-from spatial_forcing.data.writer import DatasetWriter
+from spatial_forcing.data.writer import STAGING, DatasetWriter
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.storage import progress_bar, require_disk, write_json
 
@@ -170,6 +171,10 @@ def read_log(root: Path) -> dict[str, Any]:
 def _read_log(root: Path, converter: Converter) -> dict[str, Any]:
     settings = _settings(converter)
     path = root / LOG_FILE
+    if path.is_file() and _empty_dataset(root):
+        # A start that failed before its first episode leaves nothing that the corrected command could lose.
+        shutil.rmtree(root / STAGING, ignore_errors=True)
+        shutil.rmtree(root / "meta")
     if not path.is_file():
         if root.exists() and any(root.iterdir()) and not _empty_dataset(root):
             raise ConfigError(f"{root} is not empty and holds no conversion; choose another folder.")
