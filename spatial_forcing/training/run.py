@@ -103,7 +103,9 @@ def refuse_changes(held: Mapping[str, Any], new: Mapping[str, Any], place: Path)
             "Choose another output, or go back to these settings to resume"
             + (
                 "; --extend goes on with more steps."
-                if set(changed) == {"steps"} and changed["steps"][0] < changed["steps"][1]
+                if "steps" in changed
+                and set(changed) <= {"steps", "optim.warmup_steps"}
+                and changed["steps"][0] < changed["steps"][1]
                 else "."
             )
         )

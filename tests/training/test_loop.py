@@ -244,6 +244,8 @@ def test_a_finished_run_is_extended(tmp_path, capsys):
 def test_a_run_whose_warm_up_was_shortened_is_extended_by_the_same_command(tmp_path):
     optim = OptimConfig(decay="constant", warmup_steps=100)
     run(tmp_path / "grown", steps=4, optim=optim)
+    with pytest.raises(ConfigError, match="--extend"):
+        run(tmp_path / "grown", steps=8, optim=optim)
     assert run(tmp_path / "grown", steps=8, optim=optim, extend=True).steps == 8
     rates = [row["lr"] for row in curve(tmp_path / "grown")]
     assert rates == pytest.approx([1e-3 / 2, *[1e-3] * 7])
