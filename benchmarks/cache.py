@@ -20,6 +20,7 @@ import torch
 import tyro
 
 from benchmarks.common import show
+from spatial_forcing.alignment import Views
 from spatial_forcing.data import Dataset
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.teachers import load_teacher
@@ -34,7 +35,6 @@ from spatial_forcing.teachers.cache_format import (
     encode_rows,
 )
 from spatial_forcing.teachers.cache_write import read_views, spread_frames
-from spatial_forcing.views import Views
 
 CAMERAS = ("front", "wrist")
 GRID, WIDTH = 16, 2048

@@ -14,13 +14,13 @@ import torch
 import tyro
 
 from benchmarks.common import show
+from spatial_forcing.alignment import Views
 from spatial_forcing.forcing import ForcingConfig, SpatialForcing
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.students import LoraSettings, LoraStudent, Pi0, Pi0Config
 from spatial_forcing.students.pi0 import PI0_BASE, Pi0Size
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.training.optim import OptimConfig, make_optimizer
-from spatial_forcing.views import Views
 
 SMALL = Pi0Size(128, 6, 256, 8, 1, 16, 64, 128, 64, 4, 4, 128, 224, 14, 1024)
 CAMERAS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
@@ -74,7 +74,7 @@ def main(
                 student = LoraStudent(student, LoraSettings(rank=lora_rank), base="random").to(device)
             used = None if arm == "control" else guide
             if arm == "cached":
-                used = Replayed(guide, student.views(batch))
+                used = Replayed(guide, student.alignment(batch).views)
             forcing = SpatialForcing(student, used, ForcingConfig(alpha=0.0 if used is None else 0.5))
             spent, peak = step_seconds(forcing, batch, steps, device)
             values.append(spent)

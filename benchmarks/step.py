@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from benchmarks.cache import CAMERAS, noise_cache
 from benchmarks.common import show
+from spatial_forcing.alignment import Views
 from spatial_forcing.forcing import ForcingConfig, SpatialForcing, as_student, layout_from_offset
 from spatial_forcing.students import NanoConfig, NanoVLA
 from spatial_forcing.teachers.cache import CachedTeacher
-from spatial_forcing.views import Views
 
 GRID, OTHERS, CHUNK, ACTIONS, FRAMES = (16, 16), 64, 8, 7, 512
 VISUAL = len(CAMERAS) * GRID[0] * GRID[1]

@@ -113,7 +113,7 @@ class ForcingTrainer(Trainer):
         """The micro-batches of one optimizer step: their alignment losses add up to one mean."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         if batches:
-            self.forcing.expect(batches)
+            self.forcing.begin_accumulation(batches)
         return batches, items
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -97,7 +97,7 @@ def train(arguments: argparse.Namespace) -> Path:
     for step in range(start, arguments.stop or arguments.steps):
         forcing.set_progress(step, arguments.steps)  # where the schedule of alpha is
         window = [batches.batch(step * ACCUMULATE + i) for i in range(ACCUMULATE)]
-        forcing.expect(window)  # one mean over the samples of all micro-batches
+        forcing.begin_accumulation(window)  # one mean over the samples of all micro-batches
         for batch in window:
             loss, metrics = forcing(batch)  # instead of student(batch)
             (loss / ACCUMULATE).backward()

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spatial_forcing.alignment import TokenLayout, Views
     from spatial_forcing.forcing import (
         ForcingConfig,
         SpatialForcing,
@@ -18,15 +19,13 @@ if TYPE_CHECKING:
         layout_from_input_ids,
         layout_from_offset,
     )
-    from spatial_forcing.protocols import TokenLayout
     from spatial_forcing.teachers import load_teacher
-    from spatial_forcing.views import Views
 
 _HOMES = {
     "ForcingConfig": "spatial_forcing.forcing",
     "SpatialForcing": "spatial_forcing.forcing",
-    "TokenLayout": "spatial_forcing.protocols",
-    "Views": "spatial_forcing.views",
+    "TokenLayout": "spatial_forcing.alignment",
+    "Views": "spatial_forcing.alignment",
     "as_student": "spatial_forcing.forcing",
     "layout_from_input_ids": "spatial_forcing.forcing",
     "layout_from_offset": "spatial_forcing.forcing",

@@ -6,7 +6,6 @@ Shapes: B batch, V view, h x w token grid of one view, C teacher channels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypedDict, runtime_checkable
 
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spatial_forcing.views import Views
+from spatial_forcing.alignment import Alignment, Views
 
 Batch = Mapping[str, Any]
 """A collated training batch with LeRobot's key names: `observation.images.<camera>` (B, 3, H, W) uint8 or
@@ -24,20 +23,6 @@ float in [0, 1], `observation.state` (B, D) raw units, `action` (B, chunk, A) ra
 
 Metrics = dict[str, Tensor]
 """Scalar tensors, detached, averaged over ranks by the training loop."""
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """Where each view's token grid sits in the student's sequence.
-
-    Attributes:
-        index: (B, V, h, w) long: positions in the sequence the decoder blocks see; row-major in a view.
-            Grids of different sizes are padded at the right and the bottom with -1.
-        valid: (B, V, h, w) bool: False where a token is padding or its view is absent.
-    """
-
-    index: Tensor
-    valid: Tensor
 
 
 class Observation(TypedDict):
@@ -68,16 +53,15 @@ class Student(Protocol):
         """The norm after the last block (tapped for "after all blocks"), or None."""
         ...
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The action loss (scalar, differentiable) and its metrics."""
+    def alignment(self, batch: Batch) -> Alignment:
+        """Where this batch's visual tokens are, and what the teacher should see. Needs no forward pass."""
         ...
 
-    def layout(self, batch: Batch) -> TokenLayout:
-        """Where this batch's visual tokens are. Must not need the forward pass."""
-        ...
+    def __call__(self, batch: Batch, alignment: Alignment | None = None) -> tuple[Tensor, Metrics]:
+        """The action loss (scalar, differentiable) and its metrics.
 
-    def views(self, batch: Batch) -> Views:
-        """What the teacher should see for this batch."""
+        `alignment` is what this student made of the batch, where it was asked before.
+        """
         ...
 
     def act(

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from spatial_forcing.protocols import Batch, Metrics, Observation, TokenLayout
-from spatial_forcing.views import IMAGE_PREFIX, Views, views_from_batch
+from spatial_forcing.alignment import IMAGE_PREFIX, Alignment, TokenLayout, Views, views_from_batch
+from spatial_forcing.protocols import Batch, Metrics, Observation
 
 CAMERAS = ("front", "wrist")
 
@@ -70,7 +70,10 @@ class FakeStudent(nn.Module):
             hidden = block(hidden)
         return self.head(self.norm(hidden)[:, -1]).view(B, self.chunk, self.action_dim)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+    def alignment(self, batch: Batch) -> Alignment:
+        return Alignment(self.layout(batch), self.views(batch))
+
+    def forward(self, batch: Batch, alignment: Alignment | None = None) -> tuple[Tensor, Metrics]:
         predicted = self.predict(self.views(batch).images, batch["observation.state"])
         loss = (predicted - batch["action"]).abs().mean()
         return loss, {"action_l1": loss.detach()}

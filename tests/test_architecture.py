@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "spatial_forcing"
 
 TIERS = [
-    {"errors", "precision", "registry", "stem", "storage", "views", "protocols"},
+    {"errors", "precision", "registry", "stem", "storage", "alignment", "protocols"},
     {"forcing"},
     {"envs"},
     {"data"},  # recording drives environments

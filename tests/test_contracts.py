@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 
+from spatial_forcing.alignment import Views
 from spatial_forcing.protocols import Student, Teacher
 from spatial_forcing.students import FusionVLA, NanoConfig, NanoVLA, Pi0
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.image import FAMILIES, ImageTeacher
 from spatial_forcing.teachers.vggt.aggregator import IMAGENET_MEAN, IMAGENET_STD
-from spatial_forcing.views import Views
 from tests.fakes import CAMERAS, FakeStudent, FakeTeacher, fake_batch
 from tests.students.openvla_oft.small import small
 from tests.students.pi0_fixtures import small_config
@@ -79,7 +79,7 @@ def test_student_protocol_and_loss(student):
 
 def test_layout_fits_the_views_and_the_sequence(student):
     batch = fake_batch()
-    layout, views = student.layout(batch), student.views(batch)
+    layout, views = student.alignment(batch).layout, student.alignment(batch).views
     assert layout.index.shape == layout.valid.shape
     assert layout.index.shape[:2] == views.present.shape
     lengths = []
@@ -95,7 +95,7 @@ def test_layout_fits_the_views_and_the_sequence(student):
 def test_each_token_sees_its_own_patch(student):
     """Painting one patch changes most the position the layout claims, at the first block's input."""
     batch = fake_batch(batch_size=1)
-    layout = student.layout(batch)
+    layout = student.alignment(batch).layout
     seen = []
     hook = student.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     student(batch)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from lerobot_policy_spatial_forcing.families import Family
 from lerobot_policy_spatial_forcing.student import LazyTeacher, PolicyStudent
+from spatial_forcing.alignment import IMAGE_PREFIX
 from spatial_forcing.errors import CheckpointError, ConfigError, DataError
 from spatial_forcing.forcing import SpatialForcing
-from spatial_forcing.views import IMAGE_PREFIX
 
 logger = logging.getLogger(__name__)
 

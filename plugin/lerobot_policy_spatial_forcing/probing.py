@@ -18,10 +18,10 @@ from lerobot_policy_spatial_forcing.configuration_spatial_forcing import SUFFIX
 from lerobot_policy_spatial_forcing.families import FAMILIES
 from lerobot_policy_spatial_forcing.settings import ForcingSettings
 from lerobot_policy_spatial_forcing.student import PolicyStudent
+from spatial_forcing.alignment import IMAGE_PREFIX, Alignment
 from spatial_forcing.errors import CheckpointError, DataError
-from spatial_forcing.protocols import Metrics, Observation, TokenLayout
+from spatial_forcing.protocols import Metrics, Observation
 from spatial_forcing.students.batches import collate
-from spatial_forcing.views import IMAGE_PREFIX, Views
 
 Pipeline = Any
 """One of LeRobot's processor pipelines."""
@@ -69,18 +69,14 @@ class LeRobotStudent(nn.Module):
         """The norm after the last block."""
         return self._view.final_norm
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Metrics]:
+    def forward(self, batch: Mapping[str, Any], alignment: Alignment | None = None) -> tuple[Tensor, Metrics]:
         """The policy's own loss and metrics."""
         loss, metrics = self.policy(self._processed(batch))
         return loss, dict(metrics or {})
 
-    def layout(self, batch: Mapping[str, Any]) -> TokenLayout:
-        """Where the tokens of `cameras` are."""
-        return self._view.layout(self._processed(batch))
-
-    def views(self, batch: Mapping[str, Any]) -> Views:
-        """The images, and how the policy's token images lie in them."""
-        return self._view.views(self._processed(batch))
+    def alignment(self, batch: Mapping[str, Any]) -> Alignment:
+        """Where the tokens of `cameras` are, and how the policy's token images lie in the images."""
+        return self._view.alignment(self._processed(batch))
 
     @torch.no_grad()
     def act(

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lerobot_policy_spatial_forcing.families import Family
 from lerobot_policy_spatial_forcing.settings import ForcingSettings
+from spatial_forcing.alignment import IMAGE_PREFIX, Alignment, TokenLayout, Views
 from spatial_forcing.data.geometry import Size, inside, sampling_grid, warp
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing.layout import tokens_valid
-from spatial_forcing.protocols import Metrics, Teacher, TokenLayout
+from spatial_forcing.protocols import Metrics, Teacher
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import CachedTeacher
-from spatial_forcing.views import IMAGE_PREFIX, Views
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +62,26 @@ class PolicyStudent:
         self._arguments = (args, kwargs)
         return self
 
-    def __call__(self, batch: Mapping[str, Any]) -> tuple[Tensor, Metrics]:
+    def __call__(
+        self, batch: Mapping[str, Any], alignment: Alignment | None = None
+    ) -> tuple[Tensor, Metrics]:
         """The stock policy's loss."""
         args, kwargs = self._arguments
         loss, metrics = self.policy.stock_forward(batch, *args, **kwargs)
         return loss, dict(metrics or {})
 
-    def layout(self, batch: Mapping[str, Any]) -> TokenLayout:
-        """The tokens of the aligned views; those on padding are invalid."""
+    def alignment(self, batch: Mapping[str, Any]) -> Alignment:
+        """The tokens of the aligned views, and the images as delivered.
+
+        Raises:
+            DataError: no image, or a camera that `forcing.cameras` names is missing from the batch.
+        """
         shown = self._shown(batch)
         chosen = self._chosen(shown)
+        return Alignment(self._layout(batch, shown, chosen), self._views(batch, chosen))
+
+    def _layout(self, batch: Mapping[str, Any], shown: list[str], chosen: list[str]) -> TokenLayout:
+        """Tokens on padding are invalid."""
         found = self.family.layout(self.policy, batch, shown)
         columns = [shown.index(key) for key in chosen]
         layout = TokenLayout(found.index[:, columns], found.valid[:, columns])
@@ -88,14 +98,9 @@ class PolicyStudent:
             layout = replace(layout, valid=layout.valid & picture)
         return layout
 
-    def views(self, batch: Mapping[str, Any]) -> Views:
-        """What the teacher sees: the images as delivered, and how the token image lies in them.
-
-        Raises:
-            DataError: no image, or a camera that `forcing.cameras` names is missing from the batch.
-        """
-        keys = self._chosen(self._shown(batch))
-        images = [self._pixels(batch[key]) for key in keys]
+    def _views(self, batch: Mapping[str, Any], keys: list[str]) -> Views:
+        """The images as delivered, and how the token image lies in them; pixels only for a live teacher."""
+        images = [batch[key] for key in keys]
         maps, sizes = zip(
             *(self.family.framing(self.policy, tuple(i.shape[-2:])) for i in images), strict=True
         )
@@ -107,9 +112,15 @@ class PolicyStudent:
             "keys": None if index is None else index.reshape(B).long(),
             "present": self._present(batch, keys),
         }
-        if len({image.shape for image in images}) == 1:
+        if len({image.shape[-2:] for image in images}) == 1:
             framed = torch.stack([m.to(device) for m in maps]).expand(B, len(keys), 2, 3)
-            return Views.create(torch.stack(images, 1), student_to_view=framed, **common)
+            return Views.create(
+                lambda: torch.stack([self._pixels(image) for image in images], 1),
+                student_to_view=framed,
+                shape=(B, len(keys), images[0].shape[-2], images[0].shape[-1]),
+                device=device,
+                **common,
+            )
         if self.settings.cache is not None:
             raise DataError(
                 f"the cameras differ in size ({[tuple(i.shape[-2:]) for i in images]}), so they cannot have "
@@ -120,7 +131,7 @@ class PolicyStudent:
         shown, valid = [], []
         for image, framing, size in zip(images, maps, sizes, strict=True):
             many = framing.expand(B, 2, 3)
-            shown.append(warp(image.float().cpu(), many, size).to(device))
+            shown.append(warp(self._pixels(image).float().cpu(), many, size).to(device))
             picture = inside(sampling_grid(framing[None], size), tuple(image.shape[-2:]))
             valid.append(picture.expand(B, *size).to(device))
         return Views.create(torch.stack(shown, 1), valid=torch.stack(valid, 1), **common)

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spatial_forcing.alignment import TokenLayout, compose
 from spatial_forcing.data.geometry import Size, from_pixels, resize_map
 from spatial_forcing.data.letterbox import placement_map
 from spatial_forcing.forcing import layout_from_input_ids, layout_from_offset
-from spatial_forcing.protocols import TokenLayout
-from spatial_forcing.views import compose
 
 Framing = Callable[[Any, Size], tuple[Tensor, Size]]
 """(policy, size of a view as delivered) -> map (2, 3) from the token image to the view, its size."""

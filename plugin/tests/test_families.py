@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from plugin.tests.builders import FAMILIES, parameters_of
+from spatial_forcing.alignment import transform
 from spatial_forcing.forcing.tap import first_norm
-from spatial_forcing.views import transform
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -47,7 +47,7 @@ def test_token_grids_point_at_the_right_patches(family, shape):
     size = {"token image": (side, side), "wide": (side // 2, side), "tall": (side, side // 2)}[shape]
     batch = family.batch(size=size, B=1)
     student = policy.forcing.student
-    layout, views = student.layout(batch), student.views(batch)
+    layout, views = student.alignment(batch).layout, student.alignment(batch).views
     _, V, h, w = layout.index.shape
     assert family.views == V
     before = first_input(policy, batch)
@@ -154,13 +154,15 @@ def test_no_optimizer_parameter_twice_and_the_projector_among_them(family):
 @families
 def test_views_follow_the_policys_order_and_a_choice(family):
     both, batch = family.forced().forcing.student, family.batch()
-    assert both.views(batch).cameras == ("front", "wrist")[: family.views]
+    assert both.alignment(batch).views.cameras == ("front", "wrist")[: family.views]
     if family.views == 2:
         student = family.forced({"cameras": ["wrist"]}).forcing.student
-        assert student.views(batch).cameras == ("wrist",)
-        assert torch.equal(student.layout(batch).index[:, 0], both.layout(batch).index[:, 1])
+        assert student.alignment(batch).views.cameras == ("wrist",)
+        assert torch.equal(
+            student.alignment(batch).layout.index[:, 0], both.alignment(batch).layout.index[:, 1]
+        )
         del batch["observation.images.wrist"]
-        assert both.views(batch).cameras == ("front",)
+        assert both.alignment(batch).views.cameras == ("front",)
 
 
 def test_xvla_trains_the_projector_at_the_full_rate():
@@ -209,7 +211,7 @@ def test_cameras_of_different_sizes_are_shown_as_token_images(family):
     batch = family.batch()
     wide = torch.rand(2, 3, 30, 60, generator=torch.Generator().manual_seed(1))
     batch["observation.images.wrist"] = wide
-    views = policy.forcing.student.views(batch)
+    views = policy.forcing.student.alignment(batch).views
     side = family.token_image
     assert views.images.shape == (2, 2, 3, side, side)
     assert views.valid[:, 0].all()

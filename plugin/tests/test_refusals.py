@@ -135,6 +135,7 @@ class Frames:
 
     identity = "frames"
     cameras = ("front", "wrist")
+    wanted = None
     episodes = (SourceEpisode(100, 2, 0, "a"),)
 
     def __init__(self, batch):

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from spatial_forcing.alignment import IMAGE_PREFIX, TokenLayout, Views, invert, transform, views_from_batch
 from spatial_forcing.data import Dataset
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing.layout import gather_tokens, grid_sizes
 from spatial_forcing.forcing.tap import Tap
-from spatial_forcing.protocols import Observation, Student, Teacher, TokenLayout
+from spatial_forcing.protocols import Observation, Student, Teacher
 from spatial_forcing.teachers.vggt import VGGTTeacher
-from spatial_forcing.views import IMAGE_PREFIX, Views, invert, transform, views_from_batch
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -170,8 +170,8 @@ def read_depth(dataset: Dataset, index: Sequence[int], camera: str, side: int, c
 
 
 def _layout_and_views(student: Student, batch: dict[str, Any]) -> tuple[TokenLayout, Views]:
-    views: Views = student.views(batch)
-    layout = student.layout(batch)
+    alignment = student.alignment(batch)
+    layout, views = alignment.layout, alignment.views
     if not bool(views.present.all()) or not bool(layout.valid.flatten(2).any(-1).all()):
         raise DataError("a view of the student is absent or has no valid token; probe it with every camera.")
     return layout, views

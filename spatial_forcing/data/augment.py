@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spatial_forcing.alignment import compose, identity_map
 from spatial_forcing.data.geometry import Size, crop_map, from_pixels
 from spatial_forcing.errors import ConfigError
-from spatial_forcing.views import compose, identity_map
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spatial_forcing.views import compose
+from spatial_forcing.alignment import compose
 
 Size = tuple[int, int]
 """(height, width) in pixels."""

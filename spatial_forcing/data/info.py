@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spatial_forcing.alignment import IMAGE_PREFIX
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.storage import write_json
-from spatial_forcing.views import IMAGE_PREFIX
 
 VERSION = "v3.0"
 STATE = "observation.state"

@@ -18,12 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spatial_forcing.data.augment import Augment, Draw, colour_jitter
-from spatial_forcing.data.geometry import Size, common_frame, letterbox_map, letterboxed, warp
-from spatial_forcing.data.reader import Dataset
-from spatial_forcing.data.store import DecodedStore, store_bytes
-from spatial_forcing.errors import ConfigError, DataError
-from spatial_forcing.views import (
+from spatial_forcing.alignment import (
     FRAME_PREFIX,
     FRAME_VALID_SUFFIX,
     GEOMETRY_PREFIX,
@@ -31,6 +26,11 @@ from spatial_forcing.views import (
     compose,
     invert,
 )
+from spatial_forcing.data.augment import Augment, Draw, colour_jitter
+from spatial_forcing.data.geometry import Size, common_frame, letterbox_map, letterboxed, warp
+from spatial_forcing.data.reader import Dataset
+from spatial_forcing.data.store import DecodedStore, store_bytes
+from spatial_forcing.errors import ConfigError, DataError
 
 STORE_LIMIT = 32 * 2**30
 """Datasets whose decoded frames take more bytes than this are decoded frame by frame instead."""

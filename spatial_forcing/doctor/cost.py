@@ -67,7 +67,7 @@ def measure(forcing: SpatialForcing, batch: Mapping[str, Any]) -> Cost:
     both = kept_bytes(forcing, lambda: forcing(batch)[0])
     with FlopCounterMode(display=False) as counter, torch.no_grad(), seeded():
         student(batch)
-    tokens = int((forcing._valid(batch)[2]).sum())
+    tokens = int(forcing.aligned_tokens(batch).sum())
     # One pair of layers, so every linear layer of the projector sees each token once.
     linear = [part for part in projector.modules() if isinstance(part, nn.Linear)]
     flops = 2 * tokens * sum(layer.weight.numel() for layer in linear)

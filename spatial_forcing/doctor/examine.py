@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from spatial_forcing.alignment import Alignment
 from spatial_forcing.doctor.blocks import Candidate, choose
 from spatial_forcing.doctor.cost import measure
 from spatial_forcing.doctor.gradient import StandIn, follow, frozen_parts, see_tap
@@ -262,7 +263,12 @@ class _Wrong(LayoutError):
 
 
 class _Claims:
-    """A claimed layout and views, with a student's methods."""
+    """A claimed layout and views, as a student gives them."""
 
     def __init__(self, subject: Subject, views: Any) -> None:
-        self.layout, self.views = subject.layout, views
+        self.layout: Any = subject.layout
+        self.views = views
+
+    def alignment(self, batch: Any) -> Alignment:
+        """Both of the batch."""
+        return Alignment(self.layout(batch), self.views(batch))

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spatial_forcing.alignment import Views
 from spatial_forcing.doctor.blocks import Candidate, seeded
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing.layout import gather_tokens
 from spatial_forcing.forcing.module import SpatialForcing
 from spatial_forcing.forcing.tap import Tap
-from spatial_forcing.views import Views
 
 
 class StandIn:
@@ -112,7 +112,7 @@ def follow(forcing: SpatialForcing, batch: Mapping[str, Any], blocks: Candidate)
     student: Any = forcing.student
     layer = forcing.pairs[0][0]
     with seeded():
-        _, align_loss, _ = forcing._losses(batch)
+        _, align_loss, _ = forcing.losses(batch)
     named = {n: p for n, p in student.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(align_loss, list(named.values()), allow_unused=True)
     places = {
@@ -160,7 +160,7 @@ def _action_gradient(forcing: SpatialForcing, batch: Mapping[str, Any], layer: i
     if not state.requires_grad or not loss.requires_grad:
         return 0.0
     (gradient,) = torch.autograd.grad(loss, [state], materialize_grads=True)
-    return float(gather_tokens(gradient, student.layout(batch)).norm())
+    return float(gather_tokens(gradient, student.alignment(batch).layout).norm())
 
 
 def frozen_parts(model: nn.Module) -> list[str]:

@@ -20,10 +20,10 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+from spatial_forcing.alignment import RANGE_TOLERANCE
 from spatial_forcing.doctor.subject import Subject
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.registry import did_you_mean
-from spatial_forcing.views import RANGE_TOLERANCE
 
 Box = tuple[int, int, int, int]
 """Pixels (y0, y1, x0, x1), ends excluded."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spatial_forcing.alignment import Alignment
 from spatial_forcing.doctor.blocks import Candidate
 from spatial_forcing.doctor.images import Normalisation, Pictures, access, tensors
 from spatial_forcing.doctor.subject import Subject
@@ -110,12 +111,12 @@ def propose(
         adapter.mine["blocks"] = blocks.blocks
         adapter.student.append("blocks=blocks")
     if grids is None:
-        adapter.mine["layout"] = subject.layout or getattr(subject.student, "layout", None)
+        adapter.mine["layout"] = subject.layout or (lambda batch: _alignment(subject, batch).layout)
         adapter.student.append("layout=layout")
     else:
         _layout(adapter, subject, pictures, grids)
     if normalisation is None:
-        adapter.mine["views"] = subject.views or getattr(subject.student, "views", None)
+        adapter.mine["views"] = subject.views or (lambda batch: _alignment(subject, batch).views)
         adapter.student.append("views=views")
     else:
         _views(adapter, pictures, normalisation)
@@ -272,3 +273,9 @@ def _index_code(grids: Sequence[Tensor]) -> list[str]:
                 f"INDEX = START + DOWN * torch.arange({h})[:, None] + RIGHT * torch.arange({w})",
             ]
     return [f"INDEX = torch.tensor({index.tolist()})"]
+
+
+def _alignment(subject: Subject, batch: Any) -> Alignment:
+    student: Any = subject.student
+    found: Alignment = student.alignment(batch)
+    return found

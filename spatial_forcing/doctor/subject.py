@@ -14,11 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spatial_forcing.alignment import TokenLayout, Views
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing.adapter import Alignable, Loss, ModuleStudent
-from spatial_forcing.protocols import TokenLayout
 from spatial_forcing.registry import did_you_mean
-from spatial_forcing.views import Views
 
 EXPECTED = "a Subject, (model, batch) or (model, batch, loss)"
 

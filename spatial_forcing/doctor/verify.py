@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spatial_forcing.alignment import Alignment, TokenLayout, Views, transform
 from spatial_forcing.doctor.grid import MIN_PATCHES, Probe, largest, spread
 from spatial_forcing.doctor.images import Box, Pictures
 from spatial_forcing.errors import LayoutError, SpatialForcingError
 from spatial_forcing.forcing.layout import Grid, check_layout, grid_sizes
-from spatial_forcing.protocols import TokenLayout
-from spatial_forcing.views import Views, transform
 
 SAMPLES = 2
 """Samples that are painted; a layout that fits the first alone is found out by the second."""
@@ -173,8 +172,7 @@ def claims(student: Any, batch: Mapping[str, Any]) -> tuple[TokenLayout, Views]:
         LayoutError: its `layout` or `views` fails on the batch.
     """
     try:
-        views: Views = student.views(batch)
-        layout: TokenLayout = student.layout(batch)
+        alignment: Alignment = student.alignment(batch)
     except SpatialForcingError:
         raise
     except Exception as error:
@@ -182,4 +180,5 @@ def claims(student: Any, batch: Mapping[str, Any]) -> tuple[TokenLayout, Views]:
             f"the given layout or views failed on the batch: {type(error).__name__}: {error}. They take the "
             "batch and return a TokenLayout and Views."
         ) from error
-    return TokenLayout(layout.index.cpu(), layout.valid.cpu()), views.to("cpu")
+    layout = alignment.layout
+    return TokenLayout(layout.index.cpu(), layout.valid.cpu()), alignment.views.to("cpu")

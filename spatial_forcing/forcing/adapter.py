@@ -7,16 +7,16 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from spatial_forcing.alignment import Alignment, TokenLayout, Views
 from spatial_forcing.errors import ConfigError
-from spatial_forcing.protocols import Batch, Metrics, TokenLayout
-from spatial_forcing.views import Views
+from spatial_forcing.protocols import Batch, Metrics
 
 Loss = Callable[[nn.Module, Any], Any]
 
 
 @runtime_checkable
 class Alignable(Protocol):
-    """The part of `protocols.Student` that the alignment needs; acting and saving are not its business."""
+    """The part of `protocols.Student` that the alignment needs."""
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -28,12 +28,12 @@ class Alignable(Protocol):
         """The norm after the last block, or None."""
         ...
 
-    def layout(self, batch: Batch) -> TokenLayout:
-        """Where the batch's visual tokens are."""
+    def alignment(self, batch: Batch) -> Alignment:
+        """Where the batch's visual tokens are, and what the teacher should see."""
         ...
 
-    def views(self, batch: Batch) -> Views:
-        """What the teacher should see."""
+    def __call__(self, batch: Batch, alignment: Alignment | None = None) -> tuple[Tensor, Metrics]:
+        """The action loss and its metrics."""
         ...
 
 
@@ -67,15 +67,11 @@ class ModuleStudent(nn.Module):
         """The norm given to `as_student`."""
         return self._final_norm[0]
 
-    def layout(self, batch: Any) -> TokenLayout:
-        """The batch's layout, by the function given to `as_student`."""
-        return self._layout(batch)
+    def alignment(self, batch: Any) -> Alignment:
+        """By the two functions given to `as_student`."""
+        return Alignment(self._layout(batch), self._views(batch))
 
-    def views(self, batch: Any) -> Views:
-        """The batch's views, by the function given to `as_student`."""
-        return self._views(batch)
-
-    def forward(self, batch: Any) -> tuple[Tensor, Metrics]:
+    def forward(self, batch: Any, alignment: Alignment | None = None) -> tuple[Tensor, Metrics]:
         """The model's own loss and metrics.
 
         Raises:

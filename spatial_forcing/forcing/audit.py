@@ -39,7 +39,7 @@ def gradient_audit(forcing: SpatialForcing, batch: Batch) -> dict[str, float]:
     forcing.eval()
     try:
         with torch.random.fork_rng():
-            loss, align_loss, _ = forcing._losses(batch)
+            loss, align_loss, _ = forcing.losses(batch)
     finally:
         for module, training in modes:
             module.training = training

@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from spatial_forcing.alignment import TokenLayout
 from spatial_forcing.errors import LayoutError
-from spatial_forcing.protocols import TokenLayout
 
 Grid = tuple[int, int]
 """(rows, columns) of tokens."""

@@ -4,33 +4,31 @@
     loss, metrics = sf(batch)                  # L = L_action + alpha * L_align
     policy = sf.export()                       # the bare student; nothing of this package is left in it
 
-It is the one module that DDP or FSDP (see `sharding`) wraps, so that both losses pass its gradient
+It is the one module that DDP or FSDP (see `distributed`) wraps, so that both losses pass its gradient
 synchronisation. The teacher is reached by a reference outside the module tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from spatial_forcing.errors import CheckpointError, ConfigError, LayoutError
+from spatial_forcing.alignment import Alignment, TokenLayout
+from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.forcing.adapter import Alignable, ModuleStudent
 from spatial_forcing.forcing.audit import gradient_audit
 from spatial_forcing.forcing.config import ForcingConfig, resolve_pairs
+from spatial_forcing.forcing.distributed import SampleWeights, gather, is_sharded, shard_like
 from spatial_forcing.forcing.layout import check_layout, gather_tokens, shifted
-from spatial_forcing.forcing.loss import alignment_loss, sample_cosines, sum_over_ranks, world_size
+from spatial_forcing.forcing.loss import alignment_loss, sample_cosines
 from spatial_forcing.forcing.projector import Projector
-from spatial_forcing.forcing.sharding import is_sharded, like, whole
 from spatial_forcing.forcing.tap import Tap, check_trainable, width_of
 from spatial_forcing.forcing.target import PlaceMean, Standardiser, make_targets, token_validity
-from spatial_forcing.protocols import Batch, Metrics, Teacher, TokenLayout
-from spatial_forcing.views import Views
-
-MAX_EMPTY_STEPS = 100
-"""Consecutive training steps without any valid token after which training stops."""
+from spatial_forcing.protocols import Batch, Metrics, Teacher
 
 
 class SpatialForcing(nn.Module):
@@ -70,10 +68,10 @@ class SpatialForcing(nn.Module):
         self.pairs: tuple[tuple[int, int], ...] = ()
         self._schedule = self.config.alpha_schedule
         self._progress: float | None = None
-        self._window: _Window | None = None
-        self._empty_steps = 0
+        self._weights = SampleWeights()
+        self._announced: list[_Prepared] = []
         self._trainable_checked = False
-        self._teacher = _Outside(teacher if self.active else None)
+        self._teacher = TeacherRef(teacher if self.active else None)
         if self.active:
             self._attach(teacher, student_dim)
 
@@ -82,6 +80,11 @@ class SpatialForcing(nn.Module):
             raise ConfigError(
                 f"alpha is {self.config.alpha}, but there is no teacher; pass one (load_teacher) or set "
                 "alpha to 0."
+            )
+        if not isinstance(self.student, Alignable):
+            raise ConfigError(
+                f"{type(self.student).__name__} does not say what is aligned: it needs `blocks`, "
+                "`final_norm` and `alignment(batch)`. Wrap the model: as_student(model, blocks=, layout=, views=)."
             )
         student, config = self._alignable, self.config
         blocks = list(student.blocks)
@@ -133,12 +136,12 @@ class SpatialForcing(nn.Module):
             )
         self._progress = min(step / total_steps, 1.0)
 
-    def expect(self, batches: Sequence[Batch], divisor: int | None = None) -> None:
+    def begin_accumulation(self, batches: Sequence[Batch], divisor: int | None = None) -> None:
         """Announce the micro-batches of one optimizer step, so that their losses add up to one mean.
 
         The denominator of the alignment loss (samples with any valid token) is then summed over these
         batches and all ranks; without it every forward is normalised over the ranks alone. Every rank must
-        call this alike.
+        call this alike. What is made of a batch here is used by its forward.
 
         Args:
             batches: this rank's micro-batches, on the device, in the order they will be passed.
@@ -147,10 +150,9 @@ class SpatialForcing(nn.Module):
         """
         if not self.active:
             return
-        counts = torch.stack([self._valid(batch)[2].flatten(1).any(1).sum() for batch in batches]).sum()
-        total = int(sum_over_ranks(counts))
-        self._count_empty(total)
-        self._window = _Window(total, divisor or len(batches), len(batches))
+        self._announced = [self._prepare(batch) for batch in batches]
+        counts = torch.stack([each.samples.sum() for each in self._announced]).sum()
+        self._weights.begin(counts, len(batches), divisor or len(batches))
 
     @torch.compiler.disable(recursive=False)
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -168,8 +170,30 @@ class SpatialForcing(nn.Module):
             loss, metrics = self.student(batch)
             shared = {"action_loss": loss.detach(), "alpha": loss.new_tensor(0.0, requires_grad=False)}
             return self._touch_projector(loss), {**metrics, **shared}
-        loss, align_loss, metrics = self._losses(batch)
+        loss, align_loss, metrics = self.losses(batch)
         return loss + alpha * align_loss, {**metrics, "alpha": loss.detach().new_tensor(alpha)}
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Metrics]:
+        """The action loss, the alignment loss without its weight alpha, and the metrics of both.
+
+        Raises:
+            ConfigError: the alignment is off (alpha is 0 throughout).
+        """
+        if not self.active:
+            raise ConfigError("there is no alignment loss: alpha is 0 throughout this run.")
+        ready = self._announced.pop(0) if self._announced and self.training else self._prepare(batch)
+        self._tap.attach()
+        self._tap.arm()
+        try:
+            loss, metrics = self.student(batch, ready.alignment)
+        finally:
+            self._tap.disarm()
+        align_loss, own = self._align(self._tap.take(), ready)
+        return loss, align_loss, {**metrics, "action_loss": loss.detach(), **own}
+
+    def aligned_tokens(self, batch: Batch) -> Tensor:
+        """Which of the batch's tokens have a target, (B, V, h, w) bool."""
+        return self._prepare(batch).valid
 
     # ---- what is kept, and what is handed on
 
@@ -185,9 +209,9 @@ class SpatialForcing(nn.Module):
     def projector_state_dict(self) -> dict[str, Tensor]:
         """Everything trained or counted that is not the student (projector, gate, moments); may be empty.
 
-        Shards of `sharding.shard` are gathered: every process must call this then.
+        Shards of `distributed.shard` are gathered: every process must call this then.
         """
-        return {k: whole(v) for k, v in self.state_dict().items() if not k.startswith("student.")}
+        return {k: gather(v) for k, v in self.state_dict().items() if not k.startswith("student.")}
 
     def load_projector_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore `projector_state_dict`.
@@ -206,7 +230,7 @@ class SpatialForcing(nn.Module):
                 f"{misshapen}; resume with the configuration and teacher it was trained with."
             )
         held = self.state_dict()
-        self.load_state_dict({k: like(v, held[k]) for k, v in state.items()}, strict=False)
+        self.load_state_dict({k: shard_like(v, held[k]) for k, v in state.items()}, strict=False)
 
     def gradient_audit(self, batch: Batch) -> dict[str, float]:
         """Do the two losses pull the student the same way? See `audit.gradient_audit`.
@@ -227,38 +251,28 @@ class SpatialForcing(nn.Module):
     def _alignable(self) -> Alignable:
         return cast(Alignable, self.student)
 
-    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, Metrics]:
-        views, layout, valid = self._valid(batch)
-        self._tap.attach()
-        self._tap.arm()
-        try:
-            loss, metrics = self.student(batch)
-        finally:
-            self._tap.disarm()
-        align_loss, own = self._align(self._tap.take(), views, layout, valid)
-        return loss, align_loss, {**metrics, "action_loss": loss.detach(), **own}
-
     @torch.compiler.disable
-    def _valid(self, batch: Batch) -> tuple[Views, TokenLayout, Tensor]:
-        """The batch's views, its checked and shifted layout, and which tokens have a target (B, V, h, w)."""
-        views = self._alignable.views(batch)
-        layout = shifted(self._alignable.layout(batch), self.config.token_shift)
+    def _prepare(self, batch: Batch) -> _Prepared:
+        """Ask the student once what the batch holds, check it, and find the tokens that have a target."""
+        alignment = self._alignable.alignment(batch)
+        views = alignment.views
+        layout = shifted(alignment.layout, self.config.token_shift)
         B, V = views.present.shape
         check_layout(layout, batch_size=B, views=V)
-        device = views.present.device
-        layout = TokenLayout(layout.index.to(device), layout.valid.to(device))
-        return views, layout, token_validity(layout, views, self.config.registration)
+        layout = TokenLayout(layout.index.to(views.device), layout.valid.to(views.device))
+        return _Prepared(alignment, layout, token_validity(layout, views, self.config.registration))
 
     @torch.compiler.disable
-    def _align(
-        self, captured: Mapping[int, Tensor], views: Views, layout: TokenLayout, valid: Tensor
-    ) -> tuple[Tensor, Metrics]:
+    def _align(self, captured: Mapping[int, Tensor], ready: _Prepared) -> tuple[Tensor, Metrics]:
         """The alignment loss from captured states; scaled for ranks and micro-batches, not by alpha."""
-        samples = valid.flatten(1).any(1)
-        weight = self._weight(int(samples.sum()), next(iter(captured.values())).device)
-        hidden = {k: self._tokens(k, state, layout) for k, state in captured.items()}
-        targets = dict(zip(self._layers, self._targets(views, layout, valid), strict=True))
-        mask = valid.flatten(1)
+        samples = ready.samples
+        count = int(samples.sum())
+        # Ranks may evaluate different numbers of batches: they never wait for each other there.
+        device = next(iter(captured.values())).device
+        weight = self._weights.next(count, device) if self.training else 1 / max(count, 1)
+        hidden = {k: self._tokens(k, state, ready.layout) for k, state in captured.items()}
+        targets = dict(zip(self._layers, self._targets(ready), strict=True))
+        mask = ready.valid.flatten(1)
         losses, metrics = [], {}
         for name, projector, state, layer, width in self._aligned(hidden):
             on_device = mask.to(state.device)
@@ -291,46 +305,25 @@ class SpatialForcing(nn.Module):
         return gather_tokens(state, layout)
 
     @torch.no_grad()
-    def _targets(self, views: Views, layout: TokenLayout, valid: Tensor) -> Sequence[Tensor]:
-        teacher = self._teacher.on(views.images.device)
+    def _targets(self, ready: _Prepared) -> Sequence[Tensor]:
+        views, valid = ready.alignment.views, ready.valid
+        teacher = self._teacher.on(views.device)
         # The means of places are summed over ranks, so a rank without a token must take part in it.
         if bool(valid.any()) or self.centre is not None:
             features = teacher.features(views, self._layers)
         else:
-            features = (views.images.new_zeros(*valid.shape[:2], 1, 1, teacher.dim),) * len(self._layers)
+            nothing = torch.zeros(*valid.shape[:2], 1, 1, teacher.dim, device=views.device)
+            features = (nothing,) * len(self._layers)
         return make_targets(
             features,
             views,
-            layout,
+            ready.layout,
             valid=valid,
             registration=self.config.registration,
             pe_scale=self.config.pe_scale,
             centre=self.centre,
             standardiser=self.standardiser,
         )
-
-    def _weight(self, samples: int, device: torch.device) -> float:
-        """What one sample's loss counts, so that the mean over ranks and micro-batches is the global mean."""
-        if (
-            not self.training
-        ):  # ranks may evaluate different numbers of batches; never wait for each other here
-            return 1 / max(samples, 1)
-        if self._window is not None:
-            total, divisor = self._window.total, self._window.divisor
-            self._window = self._window.next()
-        else:
-            total, divisor = int(sum_over_ranks(torch.tensor(samples, device=device))), 1
-            self._count_empty(total)
-        return world_size() * divisor / max(total, 1)
-
-    def _count_empty(self, samples: int) -> None:
-        self._empty_steps = 0 if samples else self._empty_steps + 1
-        if self._empty_steps >= MAX_EMPTY_STEPS:
-            raise LayoutError(
-                f"no sample had a valid visual token for {MAX_EMPTY_STEPS} consecutive steps, so nothing is "
-                "aligned. Check Views.present, padding masks, the augmentation's geometry and the layout's "
-                "valid."
-            )
 
     def _touch_projector(self, loss: Tensor) -> Tensor:
         """Keep the projector in the graph while alpha is 0: DDP waits for every parameter's gradient."""
@@ -340,17 +333,27 @@ class SpatialForcing(nn.Module):
         return loss
 
 
-class _Window:
-    """The micro-batches that `expect` announced: their common denominator, and how many are still to come."""
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch made ready for the alignment.
 
-    def __init__(self, total: int, divisor: int, remaining: int) -> None:
-        self.total, self.divisor, self.remaining = total, divisor, remaining
+    Attributes:
+        alignment: what the student says of it.
+        layout: its layout, shifted, on the views' device.
+        valid: (B, V, h, w) bool, which tokens have a target.
+    """
 
-    def next(self) -> _Window | None:
-        return _Window(self.total, self.divisor, self.remaining - 1) if self.remaining > 1 else None
+    alignment: Alignment
+    layout: TokenLayout
+    valid: Tensor
+
+    @property
+    def samples(self) -> Tensor:
+        """(B,) bool: which samples have a token with a target."""
+        return self.valid.flatten(1).any(1)
 
 
-class _Outside:
+class TeacherRef:
     """Holds the teacher where `nn.Module` does not look: not saved, not trained, not copied, not pickled."""
 
     def __init__(self, teacher: Teacher | None = None) -> None:
@@ -358,6 +361,7 @@ class _Outside:
         self._device: torch.device | None = None
 
     def on(self, device: torch.device) -> Teacher:
+        """The teacher on `device`. Raises `ConfigError` after unpickling: it is never pickled."""
         if self._teacher is None:
             raise ConfigError("the teacher is not there (it is never pickled); build SpatialForcing anew.")
         if self._device != device:
@@ -368,5 +372,5 @@ class _Outside:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
-    def __reduce__(self) -> tuple[type[_Outside], tuple[()]]:
+    def __reduce__(self) -> tuple[type[TeacherRef], tuple[()]]:
         return type(self), ()

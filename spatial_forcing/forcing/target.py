@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spatial_forcing.alignment import TokenLayout, Views, transform
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing.layout import grid_sizes, top_left
 from spatial_forcing.forcing.loss import sum_over_ranks
 from spatial_forcing.precision import FixedPrecision
-from spatial_forcing.protocols import TokenLayout
-from spatial_forcing.views import Views, transform
 
 PE_BASE = 100.0
 """Base of the positional embedding's geometric frequencies."""

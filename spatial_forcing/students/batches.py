@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spatial_forcing.alignment import IMAGE_PREFIX
 from spatial_forcing.errors import DataError
 from spatial_forcing.protocols import Batch, Observation
-from spatial_forcing.views import IMAGE_PREFIX
 
 STATE, ACTION = "observation.state", "action"
 

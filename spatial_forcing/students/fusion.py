@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spatial_forcing.alignment import CameraImages, Views
 from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.protocols import Batch, Teacher
 from spatial_forcing.students.base import STUDENTS, load_weights, read_config, save_checkpoint
 from spatial_forcing.students.batches import ACTION, STATE
 from spatial_forcing.students.nano import NanoConfig, NanoVLA
 from spatial_forcing.students.normalize import Stats
-from spatial_forcing.views import Views
 
 MODEL_TYPE = "nano-fusion"
 
@@ -103,9 +103,9 @@ class FusionVLA(NanoVLA):
         load_weights(student, folder)
         return student
 
-    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        tokens, keep = super()._embed(batch)
-        views = self.views(batch).to(self._device)
+    def _embed(self, batch: Batch, source: CameraImages) -> tuple[Tensor, Tensor]:
+        tokens, keep = super()._embed(batch, source)
+        views = source.views().to(self._device)
         features, present = self._features(views)
         start, count = self.config.max_text, len(self.cameras) * self.config.grid**2
         visual = tokens[:, start : start + count]

@@ -29,14 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from spatial_forcing.alignment import Alignment
 from spatial_forcing.errors import CheckpointError, ConfigError
-from spatial_forcing.protocols import Batch, Metrics, Observation, TokenLayout
+from spatial_forcing.protocols import Batch, Metrics, Observation
 from spatial_forcing.registry import did_you_mean
 from spatial_forcing.storage import replace_file, write_json
 from spatial_forcing.students.base import CONFIG_FILE, STUDENTS, Student, read_config
 from spatial_forcing.students.fingerprint import weights_fingerprint
 from spatial_forcing.students.heads import Generators
-from spatial_forcing.views import Views
 
 MODEL_TYPE = "lora"
 ADAPTER = "default"
@@ -140,17 +140,13 @@ class LoraStudent(nn.Module):
         """The wrapped student's final norm."""
         return self._student.final_norm
 
-    def layout(self, batch: Batch) -> TokenLayout:
-        """The wrapped student's layout."""
-        return self._student.layout(batch)
+    def alignment(self, batch: Batch) -> Alignment:
+        """The wrapped student's."""
+        return self._student.alignment(batch)
 
-    def views(self, batch: Batch) -> Views:
-        """The wrapped student's views."""
-        return self._student.views(batch)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+    def forward(self, batch: Batch, alignment: Alignment | None = None) -> tuple[Tensor, Metrics]:
         """The wrapped student's loss."""
-        return cast(tuple[Tensor, Metrics], self.policy(batch))
+        return cast(tuple[Tensor, Metrics], self.policy(batch, alignment))
 
     def act(self, observations: Sequence[Observation], generator: Generators = None) -> Tensor:
         """The wrapped student's actions, adapters unmerged."""

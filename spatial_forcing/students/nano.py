@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spatial_forcing.alignment import Alignment, CameraImages, TokenLayout, camera_images
 from spatial_forcing.errors import CheckpointError, ConfigError, DataError
-from spatial_forcing.protocols import Batch, Metrics, Observation, TokenLayout
+from spatial_forcing.protocols import Batch, Metrics, Observation
 from spatial_forcing.stem import PatchStem, fits_stem
 from spatial_forcing.students.base import STUDENTS, evaluating, load_weights, read_config, save_checkpoint
 from spatial_forcing.students.batches import ACTION, STATE, collate, vector
@@ -30,7 +31,6 @@ from spatial_forcing.students.heads import FlowHead, Generators, L1Head
 from spatial_forcing.students.normalize import Normalizer, NormMode, Stats
 from spatial_forcing.students.rtc import Overlap, freeze, guidance
 from spatial_forcing.students.tokenizer import PAD, tokenize
-from spatial_forcing.views import FRAME_PREFIX, GEOMETRY_PREFIX, IMAGE_PREFIX, Views, views_from_batch
 
 MODEL_TYPE = "nano"
 
@@ -171,25 +171,23 @@ class NanoVLA(nn.Module):
         """Names of the cameras, in order."""
         return self.config.cameras
 
-    def views(self, batch: Batch) -> Views:
-        """What the teacher should see: `views_from_batch`, at the batch's own resolution."""
-        return views_from_batch(batch, self.cameras)
-
-    def layout(self, batch: Batch) -> TokenLayout:
-        """Constant positions, (B, V, h, w); tokens of absent views are invalid."""
-        present = self._images(batch, corner=True).present
+    def alignment(self, batch: Batch) -> Alignment:
+        """Constant positions, (B, V, h, w), those of absent views invalid; views at their own resolution."""
+        source = camera_images(batch, self.cameras)
+        present = source.present.to(self._device)
         (B, V), side = present.shape, self.config.grid
         index = torch.arange(V * side * side, device=present.device) + self.config.max_text
         valid = present[:, :, None, None].expand(B, V, side, side)
-        return TokenLayout(index.view(1, V, side, side).expand(B, V, side, side), valid)
+        layout = TokenLayout(index.view(1, V, side, side).expand(B, V, side, side), valid)
+        return Alignment(layout, source.views(), source)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+    def forward(self, batch: Batch, alignment: Alignment | None = None) -> tuple[Tensor, Metrics]:
         """The head's loss on normalised actions, averaged over the steps that are not padding.
 
         Raises:
             DataError: a key is missing from the batch, or has another shape than the config says.
         """
-        hidden = self._decode(batch)
+        hidden = self._decode(batch, self._source(batch, alignment))
         shape = (len(hidden), self.config.chunk, self.config.action_dim)
         actions = vector(batch, ACTION, self._device, shape)
         is_pad = batch.get("action_is_pad")
@@ -217,8 +215,9 @@ class NanoVLA(nn.Module):
             DataError: an observation lacks a camera or has a state of another size; an overlap does not fit.
             ConfigError: overlaps are given, but the head is not a flow.
         """
+        seen = self._collate(observations)
         with evaluating(self):
-            hidden = self._decode(self._collate(observations), whole=self._watched)
+            hidden = self._decode(seen, camera_images(seen, self.cameras), whole=self._watched)
             if overlaps is None:
                 actions = self.head.sample(hidden, generator)
             else:
@@ -274,24 +273,27 @@ class NanoVLA(nn.Module):
     def _device(self) -> torch.device:
         return self.action_query.device
 
-    def _decode(self, batch: Batch, whole: bool = True) -> Tensor:
+    def _source(self, batch: Batch, alignment: Alignment | None) -> CameraImages:
+        return camera_images(batch, self.cameras) if alignment is None else alignment.source
+
+    def _decode(self, batch: Batch, source: CameraImages, whole: bool = True) -> Tensor:
         """Hidden states of the action tokens after the final norm, (B, T, D).
 
         Unless `whole`, the last block leaves out all other tokens: nobody but a tap reads them.
         """
-        tokens, keep = self._embed(batch)
+        tokens, keep = self._embed(batch, source)
         mask = attention_mask(keep, tokens)
         for number, block in enumerate(self.layers, 1):
             few = number == self.config.depth and not whole
             tokens = block(tokens, mask, self.config.chunk) if few else block(tokens, mask)
         return self.norm(tokens)[:, -self.config.chunk :]
 
-    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _embed(self, batch: Batch, source: CameraImages) -> tuple[Tensor, Tensor]:
         """The sequence (B, N, D) and which of it may be attended to, (B, N) bool."""
-        own = self._images(batch)
-        B = len(own.images)
-        patches = self.patch_embed(self._pixels(own.images).flatten(0, 1)).flatten(2).transpose(1, 2)
-        patches = patches.unflatten(0, own.images.shape[:2]) + self.view_position
+        images, present = source.own(self._resize, self._device), source.present.to(self._device)
+        B = len(images)
+        patches = self.patch_embed(self._pixels(images).flatten(0, 1)).flatten(2).transpose(1, 2)
+        patches = patches.unflatten(0, images.shape[:2]) + self.view_position
         words = self._words(batch, B)
         text, worded = self.text_embed(words), words != PAD
         state = self.state_norm.normalize(vector(batch, STATE, self._device, (B, self.config.state_dim)))
@@ -305,27 +307,13 @@ class NanoVLA(nn.Module):
             proprio,
             self.action_query + proprio + asked,
         ]
-        seen = own.present.repeat_interleave(patches.shape[2], dim=1)
+        seen = present.repeat_interleave(patches.shape[2], dim=1)
         always = seen.new_ones(B, 1 + self.config.chunk)
         return torch.cat(tokens, dim=1), torch.cat([worded, seen, always], dim=1)
 
     def _pixels(self, images: Tensor) -> Tensor:
         """[0, 1] to [-1, 1], in place; mid-grey for the blind control."""
         return torch.zeros_like(images) if self.config.blank_images else images.mul_(2).sub_(1)
-
-    def _images(self, batch: Batch, corner: bool = False) -> Views:
-        """The student's own images (B, V, 3, image_size, image_size), checked, in memory of their own.
-
-        The stored frames that a cached teacher reads are left out. `corner` takes one pixel of each
-        image only, enough to know which views are present.
-        """
-        own: dict[str, Any] = {}
-        for key, value in batch.items():
-            if key.startswith(IMAGE_PREFIX) and key.removeprefix(IMAGE_PREFIX) in self.cameras:
-                own[key] = value[..., :1, :1] if corner else self._resize(value.to(self._device))
-            elif not key.startswith((FRAME_PREFIX, GEOMETRY_PREFIX)):
-                own[key] = value
-        return views_from_batch(own, self.cameras).to(self._device)
 
     def _resize(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 or float -> (B, 3, image_size, image_size) of the same type.

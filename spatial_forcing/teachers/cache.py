@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spatial_forcing.alignment import Views
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.teachers.base import announce_licence
 from spatial_forcing.teachers.cache_basis import load_bases
@@ -34,7 +35,6 @@ from spatial_forcing.teachers.cache_format import (
 from spatial_forcing.teachers.cache_prune import Pruned, prune_cache
 from spatial_forcing.teachers.cache_source import FrameSource, SourceEpisode, dataset_source
 from spatial_forcing.teachers.vggt.aggregator import resolve_layers
-from spatial_forcing.views import Views
 
 __all__ = [
     "CacheInfo",

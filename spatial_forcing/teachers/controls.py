@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spatial_forcing.alignment import Views
 from spatial_forcing.teachers.cache import CachedTeacher
-from spatial_forcing.views import Views
 
 SHUFFLED = "shuffled:"
 """Before a cached teacher's name in a training configuration: `ShuffledTeacher`."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spatial_forcing.alignment import Views
 from spatial_forcing.data.augment import Augment, Draw, colour_jitter
 from spatial_forcing.data.geometry import warp
 from spatial_forcing.errors import DataError
@@ -25,7 +26,6 @@ from spatial_forcing.protocols import Teacher
 from spatial_forcing.teachers.cache_build import cosines
 from spatial_forcing.teachers.cache_source import FrameSource
 from spatial_forcing.teachers.cache_write import Encoder, spread_frames
-from spatial_forcing.views import Views
 
 
 @dataclass(frozen=True)

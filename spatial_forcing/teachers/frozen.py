@@ -15,11 +15,11 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from spatial_forcing.alignment import Views, transform
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing.target import sample_grid, token_points
 from spatial_forcing.teachers.base import Framing
 from spatial_forcing.teachers.preprocess import Framed, frame, resized_shape
-from spatial_forcing.views import Views, transform
 
 DEFAULT_MEMORY = 2 * 2**30
 """Bytes of activations that a teacher keeps below unless told otherwise."""

@@ -19,12 +19,12 @@ import transformers
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
+from spatial_forcing.alignment import Views
 from spatial_forcing.errors import CheckpointError
 from spatial_forcing.teachers.base import RANDOM, RANDOM_LICENCE, TEACHERS, Framing, TeacherCard
 from spatial_forcing.teachers.frozen import DEFAULT_MEMORY, FrozenTeacher, lower_weights, random_stream
 from spatial_forcing.teachers.preprocess import Framed, frame
 from spatial_forcing.teachers.vggt.aggregator import IMAGENET_MEAN, IMAGENET_STD, resolve_layers
-from spatial_forcing.views import Views
 
 RESIZE_RULE = "bicubic, antialias, clamp, fit to whole patches, v1"
 """Part of the fingerprint: change it when the arithmetic changes."""

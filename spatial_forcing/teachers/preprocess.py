@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spatial_forcing.alignment import Views, compose
 from spatial_forcing.errors import ConfigError
-from spatial_forcing.views import Views, compose
 
 Mode = Literal["fit", "pad", "crop"]
 
@@ -129,7 +129,7 @@ def frame_views(views: Views, resolution: int, patch: int, mode: Mode) -> Views:
     framed = frame(views.images.flatten(0, 1), views.valid.flatten(0, 1), resolution, patch, mode)
     return replace(
         views,
-        images=framed.images.unflatten(0, lead),
+        make=lambda: framed.images.unflatten(0, lead),
         valid=framed.valid.unflatten(0, lead),
         student_to_view=compose(framed.from_original.to(views.student_to_view), views.student_to_view),
     )

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from spatial_forcing.errors import CheckpointError, ConfigError, EnvironmentSetupError
 from spatial_forcing.forcing import SpatialForcing
-from spatial_forcing.forcing.sharding import whole
+from spatial_forcing.forcing.distributed import gather
 from spatial_forcing.protocols import Batch
 from spatial_forcing.storage import replace_file, require_disk
 from spatial_forcing.students.base import POLICY, restore_student
@@ -224,7 +224,7 @@ class Trainer:
     def _train_step(self, window: list[Batch]) -> None:
         self.forcing.set_progress(self.step, self.config.steps)
         if len(window) > 1:  # a single batch finds its denominator itself, and views are made only once
-            self.forcing.expect(window)
+            self.forcing.begin_accumulation(window)
         losses: list[Tensor] = []
         metrics: list[Mapping[str, Tensor]] = []
         for number, batch in enumerate(window, 1):
@@ -247,8 +247,8 @@ class Trainer:
         """Clip student and projector together; the norm before clipping."""
         limit = self.config.optim.clip_norm
         if limit is not None:
-            return whole(cast(Tensor, self.accelerator.clip_grad_norm_(self.parameters, limit)))
-        return whole(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+            return gather(cast(Tensor, self.accelerator.clip_grad_norm_(self.parameters, limit)))
+        return gather(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
 
     def _read_metrics(self, saves: bool, asked: bool) -> bool:
         """Synchronise with device and ranks where it is due; whether training should stop."""

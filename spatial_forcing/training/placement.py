@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spatial_forcing.forcing import SpatialForcing
-from spatial_forcing.forcing.sharding import shard
+from spatial_forcing.forcing.distributed import shard
 
 
 class Placement(Protocol):

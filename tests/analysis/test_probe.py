@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spatial_forcing.alignment import TokenLayout, Views
 from spatial_forcing.analysis.features import (
     Frames,
     on_frame,
@@ -21,9 +22,7 @@ from spatial_forcing.analysis.probe import MEAN_IMAGE, TEACHER, ProbeMetrics, de
 from spatial_forcing.analysis.probe_page import metrics_csv, probe_page
 from spatial_forcing.analysis.report import render
 from spatial_forcing.errors import ConfigError, DataError
-from spatial_forcing.protocols import TokenLayout
 from spatial_forcing.teachers import load_teacher
-from spatial_forcing.views import Views
 from tests.analysis.rooms import SIZE, SeeingStudent, write_rooms
 from tests.fakes import FakeTeacher
 

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spatial_forcing.alignment import compose, identity_map, transform
 from spatial_forcing.data.augment import Augment, colour_jitter, openpi_crop_rotate
 from spatial_forcing.data.geometry import (
     crop_map,
@@ -14,7 +15,6 @@ from spatial_forcing.data.geometry import (
 )
 from spatial_forcing.data.letterbox import letterbox_mask, resize_with_pad, resize_with_pad_tensor
 from spatial_forcing.errors import ConfigError
-from spatial_forcing.views import compose, identity_map, transform
 from tests.golden import golden
 
 sizes = st.tuples(st.integers(8, 40), st.integers(8, 40))

@@ -59,7 +59,7 @@ def adapt(convert, **batch):
     namespace = {"model": model, "teacher": None, "loss": loss}
     exec(report.adapter.partition("forcing =")[0], namespace)
     assert "loss=loss" in report.adapter
-    return namespace["student"].views({**batch, **rest}), report.adapter
+    return namespace["student"].alignment({**batch, **rest}).views, report.adapter
 
 
 IMAGES = levels(2, 2)

@@ -102,7 +102,7 @@ def test_llava_next_has_interleaved_tiles():
     loss, metrics = namespace["forcing"](subject.batch)
     loss.backward()
     assert torch.isfinite(metrics["align_loss"])
-    assert namespace["student"].layout(subject.batch).index[1].tolist() == tiles
+    assert namespace["student"].alignment(subject.batch).layout.index[1].tolist() == tiles
 
 
 def test_mllama_has_no_images_in_its_sequence():

@@ -65,7 +65,7 @@ def worker(rank, folder):
         first = rank * steps
         batches = [rows(whole_batch(), i * size, (i + 1) * size) for i in range(first, first + steps)]
         if steps > 1:
-            forcing.expect(batches)
+            forcing.begin_accumulation(batches)
         metrics = []
         for i, batch in enumerate(batches):
             parallel.require_backward_grad_sync = i == steps - 1
@@ -110,11 +110,11 @@ def test_equals_one_process(ranks, name):
 
 
 def test_accumulation_in_one_process():
-    """`expect` works without any process group, and its window ends with its batches."""
+    """`begin_accumulation` works without any process group, and its window ends with its batches."""
     whole, parts = build({}), build({})
     whole(whole_batch())[0].backward()
     batches = [rows(whole_batch(), i, i + 2) for i in range(0, 8, 2)]
-    parts.expect(batches)
+    parts.begin_accumulation(batches)
     for batch in batches:
         (parts(batch)[0] / len(batches)).backward()
     for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
@@ -128,6 +128,6 @@ def test_a_short_window_is_divided_as_the_loop_divides():
     for divisor in (None, 4):
         forcing = build({})
         batches = [rows(whole_batch(), 0, 2)]
-        forcing.expect(batches, divisor)
+        forcing.begin_accumulation(batches, divisor)
         losses.append(forcing(batches[0])[1]["align_loss"])
     torch.testing.assert_close(losses[1], 4 * losses[0])

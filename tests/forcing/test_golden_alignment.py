@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from spatial_forcing.alignment import Alignment, Views
 from spatial_forcing.forcing import (
     ForcingConfig,
     Projector,
@@ -15,7 +16,6 @@ from spatial_forcing.forcing import (
 )
 from spatial_forcing.forcing.loss import alignment_loss
 from spatial_forcing.forcing.target import make_targets, sincos_table, token_validity
-from spatial_forcing.views import Views
 from tests.golden import golden
 
 pytestmark = pytest.mark.golden
@@ -141,13 +141,11 @@ class RecordedStudent(nn.Module):
     def blocks(self):
         return list(self.layers)
 
-    def layout(self, batch):
-        return layout_from_offset(len(self.images), self.images.shape[1], self.grid, start=self.start)
+    def alignment(self, batch):
+        layout = layout_from_offset(len(self.images), self.images.shape[1], self.grid, start=self.start)
+        return Alignment(layout, Views.create(self.images))
 
-    def views(self, batch):
-        return Views.create(self.images)
-
-    def forward(self, batch):
+    def forward(self, batch, alignment=None):
         hidden = self.hidden
         for block in self.layers:
             hidden = block(hidden)
@@ -202,6 +200,6 @@ def test_run_forward_pass(name):
     assert_gradient(student.hidden.grad, expected["grad.hidden_states.1"])
     for key, parameter in forcing.projector.named_parameters():
         assert_gradient(parameter.grad, expected[f"grad.proj.{key}"], key)
-    (features,) = teacher.features(student.views({}), (-1,))
+    (features,) = teacher.features(student.alignment({}).views, (-1,))
     target = pool(features, (side, side), config.pe_scale)
     torch.testing.assert_close(target, expected["vggt_pooled"], **close)

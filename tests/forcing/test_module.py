@@ -13,8 +13,7 @@ from torch import nn
 
 from spatial_forcing import ForcingConfig, SpatialForcing, as_student
 from spatial_forcing.errors import CheckpointError, ConfigError, DataError, LayoutError
-from spatial_forcing.forcing import AlphaSchedule, Projector, TokenLayout
-from spatial_forcing.forcing import module as forcing_module
+from spatial_forcing.forcing import AlphaSchedule, Projector, TokenLayout, distributed
 from tests.fakes import CAMERAS, FakeStudent, FakeTeacher, fake_batch
 
 
@@ -277,7 +276,7 @@ class TestEmptyMasks:
         assert teacher.calls == 0
 
     def test_too_many_empty_steps_are_an_error(self, monkeypatch):
-        monkeypatch.setattr(forcing_module, "MAX_EMPTY_STEPS", 3)
+        monkeypatch.setattr(distributed, "MAX_EMPTY_STEPS", 3)
         forcing, empty = build(), without_views(fake_batch(), slice(None))
         for batch in (empty, empty, fake_batch(), empty, empty):
             forcing(batch)
@@ -285,13 +284,13 @@ class TestEmptyMasks:
             forcing(empty)
 
     def test_evaluation_does_not_count(self, monkeypatch):
-        monkeypatch.setattr(forcing_module, "MAX_EMPTY_STEPS", 2)
+        monkeypatch.setattr(distributed, "MAX_EMPTY_STEPS", 2)
         forcing, empty = build().eval(), without_views(fake_batch(), slice(None))
         for _ in range(3):
             forcing(empty)
 
     def test_the_limit_is_a_hundred(self):
-        assert forcing_module.MAX_EMPTY_STEPS == 100
+        assert distributed.MAX_EMPTY_STEPS == 100
 
 
 class TestRefused:

@@ -61,7 +61,7 @@ def build(pairs=PAIRS, **settings):
 def reference(forcing, batch):
     """The loss written out, without hooks."""
     student, config = forcing.student, forcing.config
-    views, layout = student.views(batch), student.layout(batch)
+    views, layout = student.alignment(batch).views, student.alignment(batch).layout
     predicted, states = student.trace(views.images, batch["observation.state"])
     action = (predicted - batch["action"]).abs().mean()
     valid = token_validity(layout, views)
@@ -173,7 +173,7 @@ def test_every_depth(depth, final_norm):
     tap = Tap(student.blocks, [depth], student.final_norm)
     batch = fake_batch()
     tap.arm()
-    _, states = student.trace(student.views(batch).images, batch["observation.state"])
+    _, states = student.trace(student.alignment(batch).views.images, batch["observation.state"])
     tap.disarm()
     assert torch.equal(tap.take()[depth], states[depth])
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spatial_forcing.alignment import Views, compose, transform
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing import TokenLayout, layout_from_offset
 from spatial_forcing.forcing.target import (
@@ -19,7 +20,6 @@ from spatial_forcing.forcing.target import (
     token_points,
     token_validity,
 )
-from spatial_forcing.views import Views, compose, transform
 
 few = settings(max_examples=25, deadline=None)
 numbers = st.floats(-1, 1)

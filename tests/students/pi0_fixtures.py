@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from safetensors.torch import save_file
 
+from spatial_forcing.alignment import IMAGE_PREFIX
 from spatial_forcing.students import Pi0, Pi0Config
 from spatial_forcing.students.pi0 import Pi0Size
-from spatial_forcing.views import IMAGE_PREFIX
 from tests.golden import golden
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")

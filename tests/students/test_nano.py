@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from spatial_forcing.alignment import FRAME_PREFIX, GEOMETRY_PREFIX, IMAGE_PREFIX, camera_images, identity_map
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.protocols import Student
 from spatial_forcing.stem import PatchStem
 from spatial_forcing.students import NanoConfig, NanoVLA
-from spatial_forcing.views import FRAME_PREFIX, GEOMETRY_PREFIX, IMAGE_PREFIX, identity_map
 from tests.fakes import CAMERAS, fake_batch
 
 FRONT, WRIST = (IMAGE_PREFIX + camera for camera in CAMERAS)
@@ -14,6 +14,10 @@ STATS = {
     "observation.state": {"mean": [0.1] * 4, "std": [1.0, 2.0, 0.5, 1.0]},
     "action": {"min": [-2.0, -3.0, -4.0], "max": [2.0, 4.0, 3.0]},
 }
+
+
+def decoded(nano, batch):
+    return nano._decode(batch, camera_images(batch, nano.cameras))
 
 
 def config(**changes):
@@ -76,7 +80,7 @@ def test_one_small_batch_is_learned(head):
         losses.append(loss.item())
     assert np.mean(losses[-10:]) < 0.35 * np.mean(losses[:10])
     with torch.no_grad():
-        hidden = nano._decode(batch)
+        hidden = decoded(nano, batch)
         predicted = nano.action_norm.denormalize(nano.head.sample(hidden, seeded()))
     assert (predicted - batch["action"]).abs().mean() < 0.75 * batch["action"].abs().mean()
 
@@ -133,12 +137,12 @@ def test_actions_and_loss_are_in_the_right_units():
     scale = (torch.tensor(STATS["action"]["max"]) - torch.tensor(STATS["action"]["min"])) / 2
     offset = (torch.tensor(STATS["action"]["max"]) + torch.tensor(STATS["action"]["min"])) / 2
     with torch.no_grad():
-        predicted = nano.head.sample(nano._decode(batch))
+        predicted = nano.head.sample(decoded(nano, batch))
         expected = (predicted - (batch["action"] - offset) / scale).abs().mean()
         torch.testing.assert_close(nano(batch)[0], expected)
     seen = [observation(i) for i in range(2)]
     acted = nano.act(seen)
-    torch.testing.assert_close(acted, nano.head.sample(nano._decode(nano._collate(seen))) * scale + offset)
+    torch.testing.assert_close(acted, nano.head.sample(decoded(nano, nano._collate(seen))) * scale + offset)
 
 
 def test_text_padding_does_not_influence():
@@ -167,7 +171,7 @@ def test_an_absent_view_does_not_influence_and_has_no_valid_token():
     assert torch.equal(loss, nano(changed)[0])
     changed[WRIST][1] = 0.0
     assert not torch.equal(loss, nano(changed)[0])
-    layout = nano.layout(changed)
+    layout = nano.alignment(changed).layout
     assert layout.valid[:, 0].all()
     assert layout.valid[:, 1].flatten(1).all(1).tolist() == [False, True, False, True]
     assert not layout.valid[0, 1].any()
@@ -177,7 +181,7 @@ def test_an_absent_view_does_not_influence_and_has_no_valid_token():
 def test_layout_points_at_the_token_of_each_patch(view):
     nano = student()
     batch = fake_batch(batch_size=1)
-    layout = nano.layout(batch)
+    layout = nano.alignment(batch).layout
     assert layout.index.shape == (1, 2, 3, 3)
     before = block_input(nano, batch)
     for y in range(3):
@@ -219,7 +223,7 @@ def test_images_matter_and_blank_images_do_not():
     assert torch.equal(blind.act([a]), blind.act([b]))
     b["state"] = b["state"] + 1
     assert not torch.equal(blind.act([a]), blind.act([b]))
-    assert blind.views(fake_batch()).images.std() > 0.1  # the teacher is not blinded
+    assert blind.alignment(fake_batch()).views.images.std() > 0.1  # the teacher is not blinded
 
 
 def test_uint8_and_float_and_other_sizes_agree():
@@ -250,8 +254,8 @@ def test_stored_frames_of_a_cached_teacher_are_not_the_students_images():
         batch[FRAME_PREFIX + camera] = torch.rand(4, 3, 40, 40)
         batch[GEOMETRY_PREFIX + camera] = 0.5 * identity_map(4)
     assert torch.equal(nano(batch)[0], loss)
-    assert nano.views(batch).images.shape[-1] == 40
-    assert nano.layout(batch).index.shape == (4, 2, 3, 3)
+    assert nano.alignment(batch).views.images.shape[-1] == 40
+    assert nano.alignment(batch).layout.index.shape == (4, 2, 3, 3)
 
 
 def test_weights_depend_on_the_seed_alone_and_leave_the_stream():

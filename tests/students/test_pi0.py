@@ -9,11 +9,19 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PI0ForConditionalGeneration, PreTrainedTokenizerFast
 
+from spatial_forcing.alignment import (
+    FRAME_PREFIX,
+    GEOMETRY_PREFIX,
+    IMAGE_PREFIX,
+    camera_images,
+    compose,
+    identity_map,
+)
 from spatial_forcing.errors import CheckpointError, ConfigError, DataError
 from spatial_forcing.forcing import ForcingConfig, SpatialForcing
 from spatial_forcing.students import LoraSettings, LoraStudent, Pi0, load_student
 from spatial_forcing.students.parity import merge_checked
-from spatial_forcing.views import FRAME_PREFIX, GEOMETRY_PREFIX, IMAGE_PREFIX, compose, identity_map
+from spatial_forcing.students.pi0.frames import letterboxed_pixels
 from tests.fakes import FakeTeacher, fake_batch
 from tests.students.pi0_fixtures import small_config
 
@@ -97,12 +105,13 @@ def wide_batch(height=28, width=56):
 
 def test_letterbox_tokens_have_no_target_and_the_teacher_sees_no_bars():
     pi0, batch = student(), wide_batch()
-    frames = pi0._frames(batch)
-    assert frames.pixels.shape == (2, 2, 3, 56, 56)
-    assert (frames.pixels[..., :14, :] == -1).all()
-    assert (frames.pixels[..., 42:, :] == -1).all()
-    torch.testing.assert_close(frames.pixels[:, 0, :, 14:42], batch[FRONT] * 2 - 1)
-    layout, views = pi0.layout(batch), pi0.views(batch)
+    source = camera_images(batch, pi0.cameras)
+    pixels = letterboxed_pixels(source, 56)
+    assert pixels.shape == (2, 2, 3, 56, 56)
+    assert (pixels[..., :14, :] == -1).all()
+    assert (pixels[..., 42:, :] == -1).all()
+    torch.testing.assert_close(pixels[:, 0, :, 14:42], batch[FRONT] * 2 - 1)
+    layout, views = pi0.alignment(batch).layout, pi0.alignment(batch).views
     assert layout.valid[0, 0].tolist() == [[False] * 4, [True] * 4, [True] * 4, [False] * 4]
     assert torch.equal(views.images[:, 0], batch[FRONT])
     # The top-left pixel of the student's picture is the top-left pixel of the frame.
@@ -113,7 +122,7 @@ def test_letterbox_tokens_have_no_target_and_the_teacher_sees_no_bars():
 def test_cameras_of_different_size_are_letterboxed_for_the_teacher():
     pi0, batch = student(), wide_batch()
     batch[WRIST] = torch.rand(2, 3, 30, 30)
-    views = pi0.views(batch)
+    views = pi0.alignment(batch).views
     assert views.images.shape == (2, 2, 3, 56, 56)
     assert views.valid.flatten(2).float().mean(-1)[0].tolist() == [0.5, 1.0]
     assert torch.isfinite(forced(pi0)(batch)[0])
@@ -124,10 +133,10 @@ def test_a_mask_of_earlier_padding_is_kept():
     mask = torch.zeros(2, 56, 56, dtype=torch.bool)
     mask[:, :28] = True
     batch["valid.front"] = mask
-    assert pi0.layout(batch).valid[0, 0].any(1).tolist() == [True, True, False, False]
+    assert pi0.alignment(batch).layout.valid[0, 0].any(1).tolist() == [True, True, False, False]
     batch["valid.front"] = mask[:, :4]
     with pytest.raises(DataError, match=r"valid\.front is"):
-        pi0.layout(batch)
+        pi0.alignment(batch).layout
 
 
 def test_stored_frames_of_a_cache_get_the_augmentation_and_the_letterbox():
@@ -136,13 +145,13 @@ def test_stored_frames_of_a_cache_get_the_augmentation_and_the_letterbox():
     for camera in ("front", "wrist"):
         batch[FRAME_PREFIX + camera] = torch.rand(2, 3, 28, 56)
         batch[GEOMETRY_PREFIX + camera] = crop
-    plain = pi0.views(wide_batch())
-    views = pi0.views(batch)
+    plain = pi0.alignment(wide_batch()).views
+    views = pi0.alignment(batch).views
     assert torch.equal(views.images[:, 1], batch[FRAME_PREFIX + "wrist"])
     torch.testing.assert_close(views.student_to_view, compose(crop[:, None], plain.student_to_view))
     batch[FRAME_PREFIX + "wrist"] = torch.rand(2, 3, 28, 28)
-    with pytest.raises(DataError, match="stored frames differ in size"):
-        pi0.views(batch)
+    with pytest.raises(DataError, match="differ in shape"):
+        pi0.alignment(batch).views
 
 
 def test_absent_views_change_nothing_whatever_they_hold():

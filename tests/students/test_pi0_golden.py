@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import eq
 
 import pytest
 import torch
 
+from spatial_forcing.alignment import IMAGE_PREFIX, Views
 from spatial_forcing.errors import CheckpointError
 from spatial_forcing.forcing import ForcingConfig, SpatialForcing
 from spatial_forcing.forcing.layout import gather_tokens
 from spatial_forcing.students.pi0.keys import PALIGEMMA, rename, to_openpi, to_transformers
 from spatial_forcing.teachers.vggt import VGGT, VGGTConfig, VGGTTeacher
-from spatial_forcing.views import IMAGE_PREFIX, Views
 from tests.golden import golden
 from tests.students.pi0_fixtures import CAMERAS, golden_batch, golden_student, time_in_float64
 
@@ -113,16 +114,17 @@ def test_alignment(student, case):
     expected = vectors.under(f"{case}.")
     batch = case_batch(case)
     time_in_float64(student.network)
-    layout = student.layout(batch)
+    layout = student.alignment(batch).layout
     assert torch.equal(layout.valid.flatten(1), expected["align_mask"])
 
-    student.views = lambda batch: what_the_original_showed(case)
+    shown = replace(student.alignment(batch), views=what_the_original_showed(case))
+    student.alignment = lambda batch: shown
     forcing = SpatialForcing(student, recorded_teacher(), ForcingConfig(pairs=((2, -1),)))
     forcing.projector.load_state_dict(vectors.under("proj."))
     tensors = golden("pi0_tiny").tensors
     seen = []
     student.blocks[2].input_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    student.forward = lambda batch: (
+    student.forward = lambda batch, alignment: (
         student.flow_error(batch, tensors["in.actions"], tensors["in.noise"], tensors["in.time"]).mean(),
         {},
     )

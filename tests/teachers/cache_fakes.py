@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from spatial_forcing.alignment import Views
 from spatial_forcing.teachers.cache import SourceEpisode, build_cache
-from spatial_forcing.views import Views
 from tests.fakes import CAMERAS, FakeTeacher
 
 LENGTHS = (3, 5, 2, 4)

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from spatial_forcing.alignment import Views
 from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.teachers import TEACHERS, base, load_teacher
 from spatial_forcing.teachers.vggt import VGGT, CameraHeadConfig, DPTConfig, VGGTConfig, loading, save_vggt
 from spatial_forcing.teachers.vggt import teacher as teacher_module
-from spatial_forcing.views import Views
 
 CONFIG = VGGTConfig(
     img_size=16,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from spatial_forcing import storage
+from spatial_forcing.alignment import Views
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.teachers import cache_build
@@ -22,7 +23,6 @@ from spatial_forcing.teachers.cache import (
     prune_cache,
     verify_cache,
 )
-from spatial_forcing.views import Views
 from tests.fakes import CAMERAS, FakeTeacher
 from tests.teachers.cache_fakes import LENGTHS, CountingTeacher, FakeSource, build, views_of
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from spatial_forcing.alignment import transform
 from spatial_forcing.data.augment import Augment
 from spatial_forcing.errors import DataError
 from spatial_forcing.forcing import layout_from_offset
@@ -15,7 +16,6 @@ from spatial_forcing.forcing.target import make_targets, token_validity
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import CachedTeacher
 from spatial_forcing.teachers.crops import augmented, crop_agreement
-from spatial_forcing.views import transform
 from tests.fakes import CAMERAS, FakeTeacher
 from tests.teachers.cache_fakes import FakeSource, build, views_of
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 
+from spatial_forcing.alignment import Views
 from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.teachers import TEACHERS, base, image, load_teacher
-from spatial_forcing.views import Views
 
 WIDTH, LAYERS = 32, 3
 VIT = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2}

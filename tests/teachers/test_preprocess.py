@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spatial_forcing.alignment import Views, transform
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.teachers.preprocess import frame, frame_views, resize, resized_shape
-from spatial_forcing.views import Views, transform
 from tests.golden import golden
 
 CASES = ["sq224_n2", "sq28_n2", "sq28_n1_pad", "tall_crop", "wide_pad", "tall_pad"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from spatial_forcing.alignment import Views
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing import layout_from_offset
 from spatial_forcing.forcing.target import make_targets
@@ -19,7 +20,6 @@ from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.preprocess import frame_views, resize
 from spatial_forcing.teachers.vggt import VGGT, CameraHeadConfig, DPTConfig, VGGTConfig, VGGTTeacher
 from spatial_forcing.teachers.vggt.layers import attention
-from spatial_forcing.views import Views
 
 CONFIG = VGGTConfig(
     img_size=28,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +23,8 @@ from spatial_forcing.teachers.cache_source import dataset_source
 from spatial_forcing.training import OptimConfig, TrainConfig, build_parts, train
 from spatial_forcing.training.parts import hold_out, select_episodes, share_of
 from tests.fakes import CAMERAS, FakeTeacher
+from tests.students.openvla_oft.small import small_config as oft_config
+from tests.students.pi0_fixtures import small_config as pi0_config
 from tests.training.fake_run import curve, weights
 
 STUDENT = NanoConfig(
@@ -57,10 +62,9 @@ def folders(tmp_path_factory):
 
 def make_config(folders, output, alpha=0.5, **settings):
     defaults = {"dataset": folders / "data", "cache": folders / "cache", "teacher": "fake", "steps": 4}
-    defaults["student"] = STUDENT
+    defaults |= {"student": STUDENT, "forcing": ForcingConfig(alpha=alpha)}
     return TrainConfig(
         output=output,
-        forcing=ForcingConfig(alpha=alpha),
         batch_size=4,
         save_every=2,
         log_every=1,
@@ -253,7 +257,7 @@ def test_cameras_of_several_sizes_train_from_a_cache(tmp_path):
     assert 0 < run.metrics["align_loss"] < 2
     parts = build_parts(make_config(tmp_path, tmp_path / "other", **settings))
     batch = parts.batches.batch(0)
-    views = parts.student.views(batch)
+    views = parts.student.alignment(batch).views
     live = FakeTeacher().features(views)[0]
     torch.testing.assert_close(parts.teacher.features(views)[0], live, atol=0.02, rtol=0.02)
 
@@ -285,3 +289,50 @@ def test_a_start_that_failed_leaves_nothing_in_the_way_of_the_corrected_command(
     train(make_config(folders, tmp_path / "run", alpha=0.0))
     with pytest.raises(ConfigError, match="holds a run with another configuration"):
         train(make_config(folders, tmp_path / "run", alpha=0.0, seed=4))
+
+
+STUDENTS = {
+    "nano": STUDENT,
+    "pi0": pi0_config(cameras=CAMERAS, state_dim=4, action_dim=4),
+    "oft": oft_config(cameras=CAMERAS, state_dim=4, action_dim=4, chunk=2, gripper="raw"),
+}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_is_read_once_and_a_cached_run_makes_no_pixels_for_the_teacher(
+    folders, tmp_path, monkeypatch, name, accumulate
+):
+    config = make_config(
+        folders, tmp_path, student=STUDENTS[name], forcing=ForcingConfig(pairs=((2, -1),)),
+        gradient_accumulation=accumulate, augment=Augment(crop_area=(0.8, 0.9)),
+    )  # fmt: skip
+    parts = build_parts(config)
+    asked = []
+    original = type(parts.student).alignment
+
+    def alignment(self, batch):
+        found = original(self, batch)
+        asked.append(batch["index"].tolist())
+
+        def make():
+            raise AssertionError("a cached teacher asked for pixels")
+
+        return replace(found, views=replace(found.views, make=make))
+
+    monkeypatch.setattr(type(parts.student), "alignment", alignment)
+    read = []
+    for module in ("nano", "pi0.model", "openvla_oft.model"):
+        place = importlib.import_module(f"spatial_forcing.students.{module}")
+        monkeypatch.setattr(place, "camera_images", counted(place.camera_images, read))
+    train(config, parts=parts)
+    assert len(asked) == 4 * accumulate
+    assert len(read) == 4 * accumulate
+
+
+def counted(function, calls):
+    def call(batch, cameras):
+        calls.append(batch)
+        return function(batch, cameras)
+
+    return call

@@ -9,6 +9,7 @@ Shapes: B batch, V view, N patches of a view, W width, T chunk, A action_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spatial_forcing.alignment import Alignment, CameraImages, TokenLayout, camera_images
 from spatial_forcing.errors import DataError
-from spatial_forcing.protocols import Batch, Metrics, Observation, TokenLayout
+from spatial_forcing.protocols import Batch, Metrics, Observation
 from spatial_forcing.students.base import STUDENTS, ManyStatistics, evaluating, read_config
 from spatial_forcing.students.batches import ACTION, STATE, vector
 from spatial_forcing.students.heads import Generators
@@ -36,7 +38,6 @@ from spatial_forcing.students.openvla_oft.memory import activation_bytes
 from spatial_forcing.students.openvla_oft.sequence import Prompts, TextTokens, assemble, gather, sinusoids
 from spatial_forcing.students.openvla_oft.statistics import Bounds, read_statistics, set_from_dataset
 from spatial_forcing.students.openvla_oft.vision import FiLMBlock, FusedVision
-from spatial_forcing.views import FRAME_PREFIX, GEOMETRY_PREFIX, IMAGE_PREFIX, Views, views_from_batch
 
 
 class OpenVLAOFT(nn.Module, ManyStatistics):
@@ -134,21 +135,19 @@ class OpenVLAOFT(nn.Module, ManyStatistics):
         """Names of the cameras, in order."""
         return self.config.cameras
 
-    def views(self, batch: Batch) -> Views:
-        """What the teacher should see: `views_from_batch`, at the batch's own resolution."""
-        return views_from_batch(batch, self.cameras)
-
-    def layout(self, batch: Batch) -> TokenLayout:
-        """Patches follow BOS view by view, (B, V, h, w); tokens of absent views are invalid."""
-        present = self._images(batch, corner=True).present
+    def alignment(self, batch: Batch) -> Alignment:
+        """Patches follow BOS view by view, (B, V, h, w), those of absent views are invalid."""
+        source = camera_images(batch, self.cameras)
+        present = source.present.to(self._device)
         grid = (self.config.grid, self.config.grid)
         B, V = present.shape
         from spatial_forcing.forcing.layout import layout_from_offset  # training only: nothing of it serves
 
         layout = layout_from_offset(B, V, grid, start=1, device=present.device)
-        return TokenLayout(layout.index, layout.valid & present[:, :, None, None])
+        layout = TokenLayout(layout.index, layout.valid & present[:, :, None, None])
+        return Alignment(layout, source.views(), source)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+    def forward(self, batch: Batch, alignment: Alignment | None = None) -> tuple[Tensor, Metrics]:
         """L1 loss of the normalised chunk, or cross-entropy of the action tokens and </s>.
 
         Raises:
@@ -161,7 +160,8 @@ class OpenVLAOFT(nn.Module, ManyStatistics):
         is_pad = is_pad.to(actions.device, torch.bool)
         targets = self.tokens.encode(actions).flatten(1)
         text = self._text(batch, targets)
-        hidden = self._hidden(batch, text)
+        source = camera_images(batch, self.cameras) if alignment is None else alignment.source
+        hidden = self._hidden(batch, text, source)
         if self.action_head is None:
             loss = self._token_loss(hidden, text, is_pad)
             return loss, {"action_ce": loss.detach()}
@@ -355,7 +355,8 @@ class OpenVLAOFT(nn.Module, ManyStatistics):
     def _act_parallel(self, batch: Batch) -> Tensor:
         count = self.config.chunk * self.config.action_dim
         text = self._text(batch, torch.zeros(len(batch["task"]), count, dtype=torch.long))
-        hidden = gather(self._hidden(batch, text), self._before(text))
+        source = camera_images(batch, self.cameras)
+        hidden = gather(self._hidden(batch, text, source), self._before(text))
         if self.action_head is not None:
             return self.predict(hidden)
         return self.tokens.decode(self.logits(hidden).argmax(-1)).unflatten(1, (-1, self.config.action_dim))
@@ -363,9 +364,10 @@ class OpenVLAOFT(nn.Module, ManyStatistics):
     def _autoregress(self, batch: Batch) -> Tensor:
         """Greedy, one token a pass; each pass runs the whole sequence again."""
         tokens = torch.zeros(len(batch["task"]), 0, dtype=torch.long, device=self._device)
+        source = camera_images(batch, self.cameras)
         for count in range(self.config.action_dim):
             text = self._text(batch, torch.cat([tokens, tokens.new_zeros(len(tokens), 1)], dim=1), stop=False)
-            hidden = self._hidden(batch, text)
+            hidden = self._hidden(batch, text, source)
             last = gather(hidden, self._before(text)[:, count : count + 1])
             tokens = torch.cat([tokens, self.logits(last).argmax(-1)], dim=1)
         return self.tokens.decode(tokens)[:, None]
@@ -376,24 +378,14 @@ class OpenVLAOFT(nn.Module, ManyStatistics):
             raise DataError(f"the batch has {len(actions)} samples and task {texts!r}; expected as many.")
         return assemble([self.prompts.encode(task) for task in texts], actions.to(self._device), stop=stop)
 
-    def _hidden(self, batch: Batch, text: TextTokens) -> Tensor:
-        own = self._images(batch)
+    def _hidden(self, batch: Batch, text: TextTokens, source: CameraImages) -> Tensor:
+        images = source.own(partial(pictures.resize, size=self.config.image_size), self._device)
+        present = source.present.to(self._device)
         state = None
         if self.state_bounds is not None:
             raw = vector(batch, STATE, self._device, (len(text.ids), self.config.state_dim))
             state = self.state_bounds.normalize(raw)
-        return self.decode(self.embed(self.vision.pixels(own.images), text, state), text, own.present)
-
-    def _images(self, batch: Batch, corner: bool = False) -> Views:
-        """The student's own images (B, V, 3, S, S), checked; `corner`: one pixel of each."""
-        own: dict[str, Any] = {}
-        for key, value in batch.items():
-            if key.startswith(IMAGE_PREFIX) and key.removeprefix(IMAGE_PREFIX) in self.cameras:
-                small = value[..., :1, :1] if corner else value.to(self._device)
-                own[key] = small if corner else pictures.resize(small, self.config.image_size)
-            elif not key.startswith((FRAME_PREFIX, GEOMETRY_PREFIX)):
-                own[key] = value
-        return views_from_batch(own, self.cameras).to(self._device)
+        return self.decode(self.embed(self.vision.pixels(images), text, state), text, present)
 
 
 STUDENTS.add(MODEL_TYPE, OpenVLAOFT)

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatial_forcing.protocols import Batch, Metrics, Observation, TokenLayout
+from spatial_forcing.alignment import Alignment, CameraImages, camera_images
+from spatial_forcing.protocols import Batch, Metrics, Observation
 from spatial_forcing.students.base import STUDENTS, evaluating
 from spatial_forcing.students.batches import ACTION, STATE, collate, vector
 from spatial_forcing.students.heads import Generators, masked_mean, row_noise
@@ -27,10 +28,9 @@ from spatial_forcing.students.normalize import Normalizer, Stats
 from spatial_forcing.students.pi0 import checkpoint
 from spatial_forcing.students.pi0.config import HASHED, PADDED, Pi0Config
 from spatial_forcing.students.pi0.continuing import sample_guided
-from spatial_forcing.students.pi0.frames import Frames, frames_from_batch, picture_mask, views_of
+from spatial_forcing.students.pi0.frames import letterboxed_pixels, picture_mask, views_of
 from spatial_forcing.students.pi0.text import Prompt
 from spatial_forcing.students.rtc import Overlap, freeze, guidance
-from spatial_forcing.views import Views
 
 MODEL_TYPE = "pi0"
 UNREAD = ("self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm")
@@ -100,21 +100,19 @@ class Pi0(nn.Module):
         """Names of the cameras, in order."""
         return self.config.cameras
 
-    def views(self, batch: Batch) -> Views:
-        """What the teacher should see; see `frames.views_of`."""
-        return views_of(batch, self.cameras, self.config.image_size)
-
-    def layout(self, batch: Batch) -> TokenLayout:
-        """Constant positions, (B, V, h, w); tokens of absent views and of padding are invalid."""
+    def alignment(self, batch: Batch) -> Alignment:
+        """Constant positions, (B, V, h, w), those of absent views and of padding invalid; see `views_of`."""
         grid = (self.config.size.grid, self.config.size.grid)
         # Training only: nothing of it is in a process that serves.
         from spatial_forcing.forcing.layout import layout_from_offset, tokens_valid
 
-        valid = tokens_valid(picture_mask(batch, self.cameras, self.config.image_size), grid)
+        source = camera_images(batch, self.cameras)
+        valid = tokens_valid(picture_mask(source, self.config.image_size), grid)
         B, V = valid.shape[:2]
-        return layout_from_offset(B, V, grid, start=0, valid=valid, device=valid.device)
+        layout = layout_from_offset(B, V, grid, start=0, valid=valid, device=valid.device)
+        return Alignment(layout, views_of(source, self.config.image_size), source)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+    def forward(self, batch: Batch, alignment: Alignment | None = None) -> tuple[Tensor, Metrics]:
         """Flow-matching loss at one random time a sample, over all 32 dimensions and unpadded steps.
 
         Raises:
@@ -128,24 +126,36 @@ class Pi0(nn.Module):
             actions.new_tensor(own.time_sampling_beta_alpha), actions.new_tensor(own.time_sampling_beta_beta)
         )
         time = beta.sample((len(actions),)) * own.time_sampling_scale + own.time_sampling_offset
-        error = self.flow_error(batch, actions, noise, time)
+        source = None if alignment is None else alignment.source
+        error = self.flow_error(batch, actions, noise, time, source)
         is_pad = batch.get("action_is_pad")
         if is_pad is None:
             is_pad = torch.zeros(shape[:2], dtype=torch.bool)
         loss = masked_mean(error, is_pad.to(error.device, torch.bool))
         return loss, {"action_flow": loss.detach()}
 
-    def flow_error(self, batch: Batch, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    def flow_error(
+        self,
+        batch: Batch,
+        actions: Tensor,
+        noise: Tensor,
+        time: Tensor,
+        source: CameraImages | None = None,
+    ) -> Tensor:
         """Squared error of the velocity, (B, T, P).
 
         Args:
             batch: images, state, task.
             actions, noise: (B, T, P), actions normalised and padded.
             time: (B,) in [0, 1]; 1 is noise.
+            source: the images of the batch, where they were read before.
         """
         dtype = self.network.dtype
         output = self.network(
-            **self._inputs(batch), noise=noise.to(dtype), actions=actions.to(dtype), timestep=time.float()
+            **self._inputs(batch, source),
+            noise=noise.to(dtype),
+            actions=actions.to(dtype),
+            timestep=time.float(),
         )
         return F.mse_loss(output.logits.float(), noise - actions, reduction="none")
 
@@ -258,21 +268,19 @@ class Pi0(nn.Module):
         last = f"network.model.vlm.language_model.layers.{self.config.size.depth - 1}."
         return tuple(f"{last}{part}*" for part in UNREAD)
 
-    def _frames(self, batch: Batch) -> Frames:
-        return frames_from_batch(batch, self.cameras, self.config.image_size)
-
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def _inputs(self, batch: Batch, source: CameraImages | None = None) -> dict[str, Tensor]:
         """The arguments that training and sampling share."""
-        frames = self._frames(batch)
-        (B, V), tokens = frames.present.shape, self.config.size.grid**2
+        source = camera_images(batch, self.cameras) if source is None else source
+        pixels = letterboxed_pixels(source, self.config.image_size)
+        (B, V), tokens = source.present.shape, self.config.size.grid**2
         words, real = (part.to(self._device) for part in self.prompt(batch.get("task"), B))
         images = words.new_full((B, V * tokens), self.network.config.vlm_config.image_token_id)
-        seen = frames.present.to(self._device)
+        seen = source.present.to(self._device)
         state = self.state_norm.normalize(vector(batch, STATE, self._device, (B, self.config.state_dim)))
         dtype = self.network.dtype
         return {
             "state": self._padded(state).to(dtype),
-            "pixel_values": frames.pixels.to(self._device, dtype),
+            "pixel_values": pixels.to(self._device, dtype),
             # Every view keeps its place; what is absent is masked below.
             "pixel_attention_mask": torch.ones_like(seen),
             "input_ids": torch.cat([images, words], dim=1),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spatial_forcing.alignment import Views
 from spatial_forcing.errors import CheckpointError
 from spatial_forcing.registry import did_you_mean
 from spatial_forcing.teachers.base import RANDOM, RANDOM_LICENCE, TEACHERS, Framing, TeacherCard
@@ -22,7 +23,6 @@ from spatial_forcing.teachers.vggt.config import VGGTConfig
 from spatial_forcing.teachers.vggt.keys import to_published
 from spatial_forcing.teachers.vggt.loading import Source, find_local, find_on_hub, load_vggt
 from spatial_forcing.teachers.vggt.model import HEADS, VGGT
-from spatial_forcing.views import Views
 
 NANO_FOLDER = Path(__file__).parent / "nano"
 UNKNOWN_LICENCE = "LicenseRef-unknown"

@@ -154,7 +154,7 @@ class RecordedOFT(RecordedStudent):
         self.inputs, self.head = inputs, head
         self.visual = case["N"] * grid[0] * grid[1] + int(case["use_proprio"])
 
-    def forward(self, batch):
+    def forward(self, batch, alignment=None):
         connected, _ = super().forward(batch)
         labels = self.inputs["labels"]
         text = TextTokens(self.inputs["input_ids"], torch.ones_like(labels, dtype=torch.bool), labels > 31743)

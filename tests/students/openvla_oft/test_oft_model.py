@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from spatial_forcing.alignment import camera_images
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing import ForcingConfig, SpatialForcing
 from spatial_forcing.students.openvla_oft import OpenVLAOFT, OpenVLAOFTConfig
@@ -76,8 +77,14 @@ def test_rows_do_not_depend_on_the_length_of_others():
     alone = {key: value[:1] for key, value in batch.items()}
     text = student._text(batch, torch.zeros(2, 6, dtype=torch.long))
     assert not bool(text.keep[0].all())
-    losses = [student._hidden(b, student._text(b, torch.zeros(len(b["task"]), 6, dtype=torch.long)))
-              for b in (batch, alone)]  # fmt: skip
+    losses = [
+        student._hidden(
+            b,
+            student._text(b, torch.zeros(len(b["task"]), 6, dtype=torch.long)),
+            camera_images(b, student.cameras),
+        )
+        for b in (batch, alone)
+    ]
     torch.testing.assert_close(losses[0][:1, : losses[1].shape[1]], losses[1], atol=2e-6, rtol=1e-5)
 
 
@@ -99,7 +106,7 @@ def test_absent_views_are_not_attended_to():
     changed = {**batch, key: batch[key].clone()}
     changed[key][0] = 1 - changed[key][0]
     assert torch.equal(student(changed)[0], first)
-    assert not bool(student.layout(batch).valid[0, 1].any())
+    assert not bool(student.alignment(batch).layout.valid[0, 1].any())
 
 
 @pytest.mark.parametrize("settings", [{}, {"film": True}, {"head": "tokens"}])
@@ -126,7 +133,7 @@ def test_film_listens_to_the_instruction():
         text = student._text(given, torch.zeros(1, 6, dtype=torch.long))
         hidden = []
         hook = student.vision.register_forward_hook(lambda *args: hidden.append(args[-1]))
-        student._hidden(given, text)
+        student._hidden(given, text, camera_images(given, student.cameras))
         hook.remove()
         return hidden[0]
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from spatial_forcing.alignment import Views
 from spatial_forcing.errors import CheckpointError, ConfigError, DataError
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.vggt.config import CameraHeadConfig, DPTConfig, VGGTConfig
@@ -15,7 +16,6 @@ from spatial_forcing.training.teacher.optim import make_optimizers
 from spatial_forcing.training.teacher.pretrain import PretrainRun, pretrain
 from spatial_forcing.training.teacher.recipe import PretrainConfig
 from spatial_forcing.training.teacher.scenes import SceneBatch, SceneDataset
-from spatial_forcing.views import Views
 
 TINY = VGGTConfig(
     img_size=32,

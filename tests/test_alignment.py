@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spatial_forcing.alignment import Views, compose, identity_map, invert, transform, views_from_batch
 from spatial_forcing.errors import DataError
-from spatial_forcing.views import Views, compose, identity_map, invert, transform, views_from_batch
 from tests.fakes import CAMERAS, fake_batch
 
 angles = st.floats(-math.pi, math.pi)
@@ -68,7 +69,28 @@ def test_pixels_out_of_range_are_refused_with_the_remedy(bad):
     images = torch.rand(1, 1, 3, 4, 4)
     images[0, 0, 1, 2, 3] = bad
     with pytest.raises(DataError, match=r"expected \[0, 1\].*Undo the student's normalisation"):
-        Views.create(images)
+        _ = Views.create(images).images
+
+
+def test_pixels_are_made_when_they_are_read_and_checked_then():
+    asked = []
+
+    def make():
+        asked.append(1)
+        return torch.full((1, 2, 3, 4, 4), 128, dtype=torch.uint8)
+
+    views = Views.create(make, ("a", "b"), shape=(1, 2, 4, 4), device="cpu")
+    assert views.valid.shape == (1, 2, 4, 4)
+    moved = replace(views.to("cpu"), keys=torch.zeros(1, dtype=torch.long))
+    assert asked == []
+    assert views.images.max() == pytest.approx(128 / 255)
+    assert views.images is views.images
+    assert torch.equal(moved.images, views.images)
+    assert len(asked) == 1
+    with pytest.raises(DataError, match=r"images is \(1, 2, 3, 4, 4\)"):
+        _ = Views.create(make, shape=(1, 2, 5, 5), device="cpu").images
+    with pytest.raises(DataError, match="`shape` and `device`"):
+        Views.create(make)
 
 
 def test_absent_views_may_hold_anything_and_are_blanked():

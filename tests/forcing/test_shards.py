@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing import ForcingConfig, SpatialForcing
-from spatial_forcing.forcing.sharding import is_sharded, shard, whole
+from spatial_forcing.forcing.distributed import gather, is_sharded, shard
 from tests.fakes import FakeBlock, FakeStudent, fake_batch
 from tests.forcing.test_distributed import (
     RANKS,
@@ -79,7 +79,7 @@ def measure(wrap, name, share):
     size = len(share["action"]) // steps
     batches = [rows(share, i * size, (i + 1) * size) for i in range(steps)]
     if steps > 1:
-        forcing.expect(batches)
+        forcing.begin_accumulation(batches)
     metrics = []
     for batch in batches:
         loss, measured = parallel(batch)
@@ -90,7 +90,7 @@ def measure(wrap, name, share):
             found = outcome(forcing, metrics)
             found = {k: v.clone() if v is not None else None for k, v in found.items()}
         return {k.replace("_fsdp_wrapped_module.", ""): v for k, v in found.items()}
-    return {k: v if v is None else whole(v) for k, v in outcome(forcing, metrics).items()}
+    return {k: v if v is None else gather(v) for k, v in outcome(forcing, metrics).items()}
 
 
 def check_teacher(rank):

@@ -1,4 +1,4 @@
-"""SpatialForcing under FSDP: which modules become units, and whole tensors out of shards and back.
+"""SpatialForcing on several processes: what a sample counts in the global mean, and shards of FSDP.
 
     shard(forcing)                                  # before the optimizer is made
     optimizer = AdamW(forcing.parameters())
@@ -12,16 +12,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spatial_forcing.errors import ConfigError
+from spatial_forcing.errors import ConfigError, LayoutError
+from spatial_forcing.forcing.loss import sum_over_ranks, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import DTensor
 
     from spatial_forcing.forcing.module import SpatialForcing
+
+
+MAX_EMPTY_STEPS = 100
+"""Consecutive training steps without any valid token after which training stops."""
 
 
 def shard(
@@ -59,6 +65,53 @@ def shard(
     return forcing
 
 
+class SampleWeights:
+    """What one sample's alignment loss counts, so that means over ranks and micro-batches are the global one.
+
+    Each optimizer step is one window of micro-batches; without `begin` every batch is a window of its own.
+    """
+
+    def __init__(self) -> None:
+        self._total = self._divisor = self._left = self._empty_steps = 0
+
+    def begin(self, samples: Tensor, batches: int, divisor: int) -> None:
+        """Open a window.
+
+        Args:
+            samples: of this rank's micro-batches together, those with a valid token.
+            batches: number of micro-batches.
+            divisor: what the loop divides each loss by.
+
+        Raises:
+            LayoutError: no rank had a valid token for `MAX_EMPTY_STEPS` steps.
+        """
+        self._total, self._divisor, self._left = int(sum_over_ranks(samples)), divisor, batches
+        self._count_empty(self._total)
+
+    def next(self, samples: int, device: torch.device) -> float:
+        """The weight in the next micro-batch, which has so many samples with a valid token.
+
+        Raises:
+            LayoutError: see `begin`.
+        """
+        if self._left:
+            self._left -= 1
+            total, divisor = self._total, self._divisor
+        else:
+            total, divisor = int(sum_over_ranks(torch.tensor(samples, device=device))), 1
+            self._count_empty(total)
+        return world_size() * divisor / max(total, 1)
+
+    def _count_empty(self, samples: int) -> None:
+        self._empty_steps = 0 if samples else self._empty_steps + 1
+        if self._empty_steps >= MAX_EMPTY_STEPS:
+            raise LayoutError(
+                f"no sample had a valid visual token for {MAX_EMPTY_STEPS} consecutive steps, so nothing is "
+                "aligned. Check Views.present, padding masks, the augmentation's geometry and the layout's "
+                "valid."
+            )
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP (1 or 2) holds this module or a part of it."""
     if not dist.is_available():  # torch built without it: the imports below do not exist
@@ -68,12 +121,12 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """The full tensor of a shard, on every process; all must call it. Anything else as it is."""
     return tensor.full_tensor() if _is_shard(tensor) else tensor
 
 
-def like(tensor: Tensor, own: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, own: Tensor) -> Tensor:
     """`tensor` laid out as `own` is: its shard where `own` is a `DTensor`."""
     if not _is_shard(own):
         return tensor
