@@ -84,7 +84,7 @@ class SpatialForcing(nn.Module):
         if not isinstance(self.student, Alignable):
             raise ConfigError(
                 f"{type(self.student).__name__} does not say what is aligned: it needs `blocks`, "
-                "`final_norm` and `alignment(batch)`. Wrap the model: as_student(model, blocks=, layout=, views=)."
+                "`final_norm` and `alignment(batch)`. Wrap the model with `as_student`."
             )
         student, config = self._alignable, self.config
         blocks = list(student.blocks)
