@@ -86,7 +86,7 @@ class Views:
         valid: (B, V, H, W) bool; False on padding.
         student_to_view: (B, V, 2, 3), from the student's token image to `images` (identity: same framing).
         keys: (B,) long, the dataset's absolute frame index of each sample, or None.
-        make: gives the pixels, (B, V, 3, H, W) uint8, or float in [0, 1].
+        make: gives the pixels, (B, V, 3, H, W) float; the function that `create` puts here checks them.
     """
 
     cameras: tuple[str, ...]
@@ -98,15 +98,12 @@ class Views:
 
     @cached_property
     def images(self) -> Tensor:
-        """(B, V, 3, H, W) float in [0, 1]: what the teacher encodes.
+        """(B, V, 3, H, W) float: what the teacher encodes. In [0, 1] but for the overshoot of resampling.
 
         Raises:
             DataError: another type or shape than promised, a pixel out of range or not finite.
         """
-        images = self.make()
-        B, V, H, W = self.valid.shape
-        _expect("images", images, (B, V, 3, H, W))
-        return _checked_images(images, self.present)
+        return self.make()
 
     @classmethod
     def create(
@@ -147,9 +144,9 @@ class Views:
                 raise DataError(f"Views.images is {images.dtype}; expected uint8, or float in [0, 1].")
             given, device = images, images.device
             shape = (images.shape[0], images.shape[1], images.shape[3], images.shape[4])
-            make: Callable[[], Tensor] = lambda: given  # noqa: E731
+            raw: Callable[[], Tensor] = lambda: given  # noqa: E731
         else:
-            make = images
+            raw = images
         if shape is None or device is None:
             raise DataError("Views.create: a function for the images needs `shape` and `device` beside it.")
         B, V, H, W = shape
@@ -168,7 +165,13 @@ class Views:
             raise DataError("Views.student_to_view is not finite; check the augmentation that made it.")
         if keys is not None:
             _expect("keys", keys, (B,), torch.long)
-        shown = valid & present[:, :, None, None]
+        shown, there = valid & present[:, :, None, None], present
+
+        def make() -> Tensor:
+            pixels = raw()
+            _expect("images", pixels, (B, V, 3, H, W))
+            return _checked_images(pixels, there)
+
         return cls(names, present, shown, student_to_view.float(), keys, make)
 
     @property

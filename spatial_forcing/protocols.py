@@ -44,6 +44,11 @@ class Student(Protocol):
     """
 
     @property
+    def cameras(self) -> tuple[str, ...] | None:
+        """Names of the cameras it sees, in order; None where it takes any."""
+        ...
+
+    @property
     def blocks(self) -> Sequence[nn.Module]:
         """The decoder blocks whose residual stream can be tapped, in order."""
         ...

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spatial_forcing.alignment import IMAGE_PREFIX, Alignment, TokenLayout, Views, views_from_batch
 from spatial_forcing.protocols import Batch, Metrics, Observation
+from spatial_forcing.students.base import StudentModule, StudentSpec
 
 CAMERAS = ("front", "wrist")
 
@@ -28,7 +29,7 @@ class FakeBlock(nn.Module):
         return hidden + torch.tanh(self.mix(self.input_layernorm(hidden)) + hidden.mean(1, keepdim=True))
 
 
-class FakeStudent(nn.Module):
+class FakeStudent(StudentModule):
     """Sequence: one state token, then the views' token grids (view-major), then one action token."""
 
     def __init__(
@@ -42,13 +43,19 @@ class FakeStudent(nn.Module):
         action_dim: int = 3,
     ) -> None:
         super().__init__()
-        self.cameras, self.grid, self.chunk, self.action_dim = tuple(cameras), grid, chunk, action_dim
+        self.names, self.grid, self.chunk, self.action_dim = tuple(cameras), grid, chunk, action_dim
+        self.state_dim = state_dim
         self.embed = nn.Linear(3, width)
         self.state = nn.Linear(state_dim, width)
         self.action_query = nn.Parameter(torch.randn(1, 1, width))
         self.layers = nn.ModuleList(FakeBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, chunk * action_dim)
+
+    @property
+    def spec(self) -> StudentSpec:
+        side = 3 * self.grid[0]
+        return StudentSpec(self.names, side, self.state_dim, self.action_dim, self.chunk)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

@@ -158,7 +158,7 @@ def randomised(student: nn.Module, seed: int = 0) -> nn.Module:
 
 def student_cameras(student: Student, dataset: Dataset) -> tuple[str, ...]:
     """The cameras the student sees, in its order; for a student that does not say, all of the dataset's."""
-    return tuple(getattr(student, "cameras", dataset.cameras))
+    return tuple(student.cameras or dataset.cameras)
 
 
 def read_depth(dataset: Dataset, index: Sequence[int], camera: str, side: int, clip: float) -> Tensor:

@@ -91,7 +91,7 @@ def evaluate(options: tyro.conf.OmitArgPrefixes[EvaluateOptions]) -> None:
     if torch.cuda.is_available() and not options.cpu:
         policy.to("cuda")
     # A student that does not say which cameras it wants gets the environment's own.
-    cameras = getattr(policy, "cameras", None)
+    cameras = policy.cameras
     result = roll_out(
         policy,
         tasks,

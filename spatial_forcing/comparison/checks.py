@@ -69,8 +69,8 @@ def check_runs(config: CompareConfig, dataset: Dataset, runs: list[TrainConfig],
                 f"has {list(dataset.info.cameras)}. Choose another --preset, or name them: --set "
                 "'student.cameras=[\"...\"]'."
             )
-        chunk = getattr(run.student, "chunk", None)
-        if config.tasks and chunk is not None and config.execute > chunk:
+        chunk = run.student.chunk
+        if config.tasks and config.execute > chunk:
             raise ConfigError(
                 f"compare.execute is {config.execute}; the policy predicts {chunk} actions at a time. Choose "
                 f"1 to {chunk}."

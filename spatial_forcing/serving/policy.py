@@ -21,11 +21,10 @@ from spatial_forcing.protocols import Student
 from spatial_forcing.serving.codec import plain
 from spatial_forcing.serving.request import Request, Signature
 from spatial_forcing.students import load_student
-from spatial_forcing.students.base import CONFIG_FILE, POLICY, WEIGHTS_FILE, read_config
+from spatial_forcing.students.base import CONFIG_FILE, POLICY, WEIGHTS_FILE, StudentModule, read_config
 from spatial_forcing.students.normalize import Normalizer
 
 CARD = "README.md"
-SIZES = ("state_dim", "action_dim", "chunk")
 WARM_UP_SIDE = 224
 UNKNOWN = "not stated in the checkpoint's README.md"
 
@@ -120,24 +119,23 @@ def load_policy(
     """
     folder = policy_folder(Path(folder))
     student = load_student(folder, statistics=statistics)
-    check_statistics(student, folder)
-    if isinstance(student, nn.Module):
-        try:
-            student.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"device {device!r} cannot be used ({error}); try --device cpu.") from error
-    config = getattr(student, "config", None)
-    missing = [name for name in SIZES if not isinstance(getattr(config, name, None), int)]
-    if missing or not getattr(student, "cameras", None):
+    if not isinstance(student, StudentModule):
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} does not say {', '.join(missing) or 'cameras'}, so requests could not "
-            "be checked; a served student has `cameras` and `config.state_dim`, `action_dim` and `chunk`."
+            f"{folder / CONFIG_FILE} describes a {type(student).__name__}, which declares no cameras "
+            "and sizes (`StudentSpec`): requests could not be checked. Serve it with its own package."
         )
+    check_statistics(student, folder)
+    try:
+        student.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used ({error}); try --device cpu.") from error
     signature = Signature(
-        cameras=tuple(student.cameras),  # type: ignore[attr-defined]
-        **{name: getattr(config, name) for name in SIZES},
+        cameras=student.spec.cameras,
+        state_dim=student.spec.state_dim,
+        action_dim=student.spec.action_dim,
+        chunk=student.spec.chunk,
         image_shape=image_shape,
-        continues_chunks=bool(getattr(student, "continues_chunks", False)),
+        continues_chunks=student.spec.continues_chunks,
         default_prompt=default_prompt,
         aliases=dict(aliases or {}),
         about=describe(student, folder),

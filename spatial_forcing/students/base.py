@@ -1,6 +1,6 @@
 """What every student shares: the registry, `load_student`, and the files of a checkpoint.
 
-A new student is one module that implements `protocols.Student` and one `STUDENTS.add(model_type, cls)`
+A new student is one module that holds a `StudentModule` and one `STUDENTS.add(model_type, cls)`
 line; `students/__init__.py` imports it.
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,16 +22,18 @@ from spatial_forcing.errors import CheckpointError
 from spatial_forcing.protocols import Student
 from spatial_forcing.registry import Registry
 from spatial_forcing.storage import replace_file, write_json
+from spatial_forcing.students.normalize import Stats
 
 __all__ = [
     "STUDENTS",
     "ManyStatistics",
     "Student",
+    "StudentModule",
+    "StudentSpec",
     "evaluating",
     "load_student",
     "load_weights",
     "read_config",
-    "restore_student",
     "save_checkpoint",
     "statistics_names",
 ]
@@ -44,8 +47,99 @@ OTHERS = "spatial_forcing.students"
 """Group of entry points by which other distributions load their own checkpoints: the name is a key that the
 `config.json` of such a checkpoint has, the object a function from its folder to a student."""
 
-STUDENTS: Registry[type[Student]] = Registry("student")
+STUDENTS: Registry[type[StudentModule]] = Registry("student")
 """Student classes by the `model_type` of their `config.json`."""
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """What a student of this package takes and gives, and how it is adapted; declared in one place.
+
+    Attributes:
+        cameras: ordered names.
+        image_size: pixels on a side of a view as the model sees it.
+        state_dim, action_dim, chunk: numbers of a state and an action, and actions a prediction.
+        letterboxes: it takes images as recorded, of any size and shape, and knows which of its tokens are
+            padding; else the loader fits them.
+        continues_chunks: `act` takes `overlaps` (real-time chunking).
+        lora_full: parameters that LoRA training learns in full (see `lora.LoraSettings`).
+        lora_exclude: patterns of linear layers that get no adapters.
+    """
+
+    cameras: tuple[str, ...]
+    image_size: int
+    state_dim: int
+    action_dim: int
+    chunk: int
+    letterboxes: bool = False
+    continues_chunks: bool = False
+    lora_full: tuple[str, ...] = ()
+    lora_exclude: tuple[str, ...] = ()
+
+
+class StudentModule(nn.Module, Student):
+    """Base of the students of this package: `protocols.Student`, and what training and serving ask of one.
+
+    `config_class` is the configuration that makes a new one (`create`); None where another class's does.
+    """
+
+    config_class: ClassVar[type | None] = None
+    config: Any
+
+    @property
+    def spec(self) -> StudentSpec:
+        """What it takes and gives."""
+        raise NotImplementedError
+
+    @property
+    def cameras(self) -> tuple[str, ...] | None:
+        """Names of the cameras, in order."""
+        return self.spec.cameras
+
+    @classmethod
+    def create(cls, config: Any, stats: Stats, *, seed: int = 0) -> Self:
+        """A new student with weights from `seed` that normalises with `stats`.
+
+        Raises:
+            DataError: `observation.state` or `action` statistics are missing or of another size.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read what `save_pretrained` wrote. Raises `CheckpointError` on another architecture."""
+        raise NotImplementedError
+
+    @classmethod
+    def fine_tune(cls, place: str | Path, config: Any, stats: Stats, *, seed: int = 0) -> Student:
+        """The student to fine-tune in `place`; the default takes it as it was saved."""
+        return load_student(place)
+
+    @classmethod
+    def from_base(cls, place: str | Path, settings: Mapping[str, Any]) -> Self:
+        """The student that adapters were trained on, of these settings, in `place`.
+
+        Raises:
+            CheckpointError: it is not there, or has other settings.
+        """
+        student = cls.from_pretrained(place)
+        there, asked = (json.loads(json.dumps(dict(each))) for each in (asdict(student.config), settings))
+        if there != asked:
+            raise CheckpointError(f"the base {place} has settings {there}; it was trained with {asked}.")
+        return student
+
+    def restore(self, folder: str | Path) -> None:
+        """Load what `save_pretrained(folder)` wrote into this student, in place."""
+        self.load_state_dict(type(self).from_pretrained(folder).state_dict())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of what `save_pretrained` writes."""
+        return sum(value.numel() * value.element_size() for value in self.state_dict().values())
+
+    def activation_bytes(self, samples: int) -> int | None:
+        """What a training forward of `samples` samples keeps for backward, estimated; None: not known."""
+        return None
 
 
 class ManyStatistics:
@@ -115,17 +209,6 @@ def load_student(folder: str | Path, *, statistics: str | None = None) -> Studen
             f"statistics {statistics!r}: the {kind!r} policy in {folder} holds its own only; leave it out."
         )
     return family.with_statistics(folder, statistics)
-
-
-def restore_student(student: Any, folder: str | Path) -> None:
-    """Load what `student.save_pretrained(folder)` wrote into `student`, in place.
-
-    A student whose checkpoint does not hold all of its weights (adapters) does it by its own `restore`.
-    """
-    if hasattr(student, "restore"):
-        student.restore(folder)
-    else:
-        student.load_state_dict(type(student).from_pretrained(folder).state_dict())
 
 
 def read_config(folder: str | Path, expected: str | None = None) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class FusionVLA(NanoVLA):
         teacher: a name for `load_teacher`. It is loaded when first needed, and never saved or trained.
     """
 
+    config_class = None  # a nano configuration makes the plain student
+
     def __init__(self, config: NanoConfig, *, seed: int = 0, teacher: str = "vggt-nano") -> None:
         from spatial_forcing.teachers import load_teacher  # no other policy's process holds a teacher
 
@@ -107,7 +109,7 @@ class FusionVLA(NanoVLA):
         tokens, keep = super()._embed(batch, source)
         views = source.views().to(self._device)
         features, present = self._features(views)
-        start, count = self.config.max_text, len(self.cameras) * self.config.grid**2
+        start, count = self.config.max_text, len(self.config.cameras) * self.config.grid**2
         visual = tokens[:, start : start + count]
         visual = visual + self.fuse(visual, features, present)
         return torch.cat([tokens[:, :start], visual, tokens[:, start + count :]], dim=1), keep

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,14 @@ from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.protocols import Batch, Metrics, Observation
 from spatial_forcing.registry import did_you_mean
 from spatial_forcing.storage import replace_file, write_json
-from spatial_forcing.students.base import CONFIG_FILE, STUDENTS, Student, read_config
+from spatial_forcing.students.base import (
+    CONFIG_FILE,
+    STUDENTS,
+    Student,
+    StudentModule,
+    StudentSpec,
+    read_config,
+)
 from spatial_forcing.students.fingerprint import weights_fingerprint
 from spatial_forcing.students.heads import Generators
 
@@ -88,7 +95,7 @@ class LoraSettings:
         return float(min(self.rank, 16)) if self.alpha is None else self.alpha
 
 
-class LoraStudent(nn.Module):
+class LoraStudent(StudentModule):
     """A student with adapters; implements `protocols.Student`. The student itself is `policy`.
 
     Args:
@@ -101,13 +108,15 @@ class LoraStudent(nn.Module):
         ConfigError: rank 0, nothing to adapt, a pattern without a match, or adapters already there.
     """
 
-    def __init__(self, policy: nn.Module, settings: LoraSettings, *, base: str | Path, seed: int = 0) -> None:
+    def __init__(
+        self, policy: StudentModule, settings: LoraSettings, *, base: str | Path, seed: int = 0
+    ) -> None:
         super().__init__()
         if isinstance(policy, LoraStudent):
             raise ConfigError(f"{base} holds adapters itself; merge them first: spatial-forcing export.")
         self.policy, self.settings = policy, settings
         self.base = str(Path(base).resolve()) if Path(base).exists() else str(base)
-        full = settings.full if settings.full is not None else tuple(getattr(policy, "lora_full", ()))
+        full = settings.full if settings.full is not None else policy.spec.lora_full
         frozen = {k: p for k, p in policy.named_parameters() if not _under(k, full)}
         self.fingerprint = weights_fingerprint(frozen)
         self._peft = _inject(policy, settings, full, seed)
@@ -122,9 +131,13 @@ class LoraStudent(nn.Module):
         return self.policy.config
 
     @property
-    def cameras(self) -> tuple[str, ...] | None:
-        """The wrapped student's cameras, where it says which it wants."""
-        return getattr(self.policy, "cameras", None)
+    def spec(self) -> StudentSpec:
+        """The wrapped student's, but for what only the bare one does."""
+        return replace(self.policy.spec, continues_chunks=False)
+
+    def activation_bytes(self, samples: int) -> int | None:
+        """The wrapped student's estimate."""
+        return self.policy.activation_bytes(samples)
 
     @property
     def _student(self) -> Student:
@@ -235,32 +248,23 @@ class LoraStudent(nn.Module):
         return f"LoRA rank {self.settings.rank}: {trained / 1e6:,.2f} M of {total / 1e6:,.2f} M trained"
 
 
-def open_base(kind: str, place: str | Path, described: Mapping[str, Any], folder: str | Path) -> nn.Module:
+def open_base(
+    kind: str, place: str | Path, described: Mapping[str, Any], folder: str | Path
+) -> StudentModule:
     """The student of class `kind` that the adapters in `folder` were put on.
-
-    A class with parts that its base lacks (new heads) has a classmethod `from_base(place, settings)`.
 
     Raises:
         CheckpointError: the class is unknown, the base is gone, or it has other settings.
     """
     if kind not in STUDENTS:
         raise CheckpointError(f"{folder}: adapters of a {kind!r} student, which this package does not know.")
-    family: Any = STUDENTS[kind]
     try:
-        if hasattr(family, "from_base"):
-            return cast(nn.Module, family.from_base(place, dict(described)))
-        policy = family.from_pretrained(place)
+        return STUDENTS[kind].from_base(place, dict(described))
     except CheckpointError as error:
         raise CheckpointError(
             f"the base of the adapters in {folder} cannot be loaded: {error} Pass the folder it is in now: "
             "LoraStudent.from_pretrained(folder, base=...)."
         ) from error
-    there = _plain(asdict(policy.config))
-    if there != _plain(dict(described)):
-        raise CheckpointError(
-            f"the base {place} has settings {there}; {folder} was trained with {described}."
-        )
-    return cast(nn.Module, policy)
 
 
 def registered_name(student: nn.Module) -> str:
@@ -273,7 +277,7 @@ def registered_name(student: nn.Module) -> str:
 
 
 @torch.no_grad()
-def merge(student: LoraStudent) -> nn.Module:
+def merge(student: LoraStudent) -> StudentModule:
     """Add the adapters to the weights and return the bare student, of the base's class and keys.
 
     Works in place, layer by layer on the CPU: the sum is taken in float32 and rounded to the weight's
@@ -307,7 +311,7 @@ def _delta_on_cpu(layer: Any) -> Tensor:
     return b @ a * layer.scaling[ADAPTER]
 
 
-def _inject(policy: nn.Module, settings: LoraSettings, full: tuple[str, ...], seed: int) -> LoraConfig:
+def _inject(policy: StudentModule, settings: LoraSettings, full: tuple[str, ...], seed: int) -> LoraConfig:
     if settings.rank < 1:
         raise ConfigError("lora.rank is 0, which means no LoRA; give at least 1.")
     if _adapted(policy):
@@ -329,7 +333,7 @@ def _inject(policy: nn.Module, settings: LoraSettings, full: tuple[str, ...], se
     return config
 
 
-def _targets(policy: nn.Module, settings: LoraSettings, full: tuple[str, ...]) -> list[str]:
+def _targets(policy: StudentModule, settings: LoraSettings, full: tuple[str, ...]) -> list[str]:
     # Exactly nn.Linear: the subclass inside MultiheadAttention is never called, only its weight is read.
     linear = [name for name, module in policy.named_modules() if type(module) is nn.Linear]
     names = [name for name in linear if not _under(name, full)]
@@ -342,7 +346,7 @@ def _targets(policy: nn.Module, settings: LoraSettings, full: tuple[str, ...]) -
                 )
     if settings.targets:
         names = [name for name in names if any(fnmatch(name, p) for p in settings.targets)]
-    excluded = (*settings.exclude, *getattr(policy, "lora_exclude", ()))
+    excluded = (*settings.exclude, *policy.spec.lora_exclude)
     names = [name for name in names if not any(fnmatch(name, p) for p in excluded)]
     if not names:
         raise ConfigError("no linear layer is left to put LoRA on; check lora.targets, exclude and full.")
@@ -412,13 +416,6 @@ def _is_adapter(name: str) -> bool:
 
 def _stored(name: str) -> str:
     return name.replace(f".{ADAPTER}.", ".")
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _write(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -24,7 +24,15 @@ from spatial_forcing.alignment import Alignment, CameraImages, TokenLayout, came
 from spatial_forcing.errors import CheckpointError, ConfigError, DataError
 from spatial_forcing.protocols import Batch, Metrics, Observation
 from spatial_forcing.stem import PatchStem, fits_stem
-from spatial_forcing.students.base import STUDENTS, evaluating, load_weights, read_config, save_checkpoint
+from spatial_forcing.students.base import (
+    STUDENTS,
+    StudentModule,
+    StudentSpec,
+    evaluating,
+    load_weights,
+    read_config,
+    save_checkpoint,
+)
 from spatial_forcing.students.batches import ACTION, STATE, collate, vector
 from spatial_forcing.students.blocks import Block, attention_mask
 from spatial_forcing.students.heads import FlowHead, Generators, L1Head
@@ -96,11 +104,11 @@ class NanoConfig:
         return self.image_size // self.patch_size
 
 
-class NanoVLA(nn.Module):
+class NanoVLA(StudentModule):
     """Views, instruction and proprioception in, a chunk of actions out. Implements `protocols.Student`."""
 
-    lora_full: ClassVar[tuple[str, ...]] = ("head", "state_embed", "action_query")
-    """Parameters that LoRA training learns in full (see `lora.LoraSettings`)."""
+    config_class: ClassVar[type | None] = NanoConfig
+    config: NanoConfig
 
     def __init__(self, config: NanoConfig, *, seed: int = 0) -> None:
         """Initial weights depend on `seed` alone; the global random stream is left as it was."""
@@ -167,13 +175,22 @@ class NanoVLA(nn.Module):
         return self.norm
 
     @property
-    def cameras(self) -> tuple[str, ...]:
-        """Names of the cameras, in order."""
-        return self.config.cameras
+    def spec(self) -> StudentSpec:
+        """What it takes and gives; LoRA learns the head and what is not linear in full."""
+        config = self.config
+        return StudentSpec(
+            cameras=config.cameras,
+            image_size=config.image_size,
+            state_dim=config.state_dim,
+            action_dim=config.action_dim,
+            chunk=config.chunk,
+            continues_chunks=isinstance(self.head, FlowHead),
+            lora_full=("head", "state_embed", "action_query"),
+        )
 
     def alignment(self, batch: Batch) -> Alignment:
         """Constant positions, (B, V, h, w), those of absent views invalid; views at their own resolution."""
-        source = camera_images(batch, self.cameras)
+        source = camera_images(batch, self.config.cameras)
         present = source.present.to(self._device)
         (B, V), side = present.shape, self.config.grid
         index = torch.arange(V * side * side, device=present.device) + self.config.max_text
@@ -217,7 +234,7 @@ class NanoVLA(nn.Module):
         """
         seen = self._collate(observations)
         with evaluating(self):
-            hidden = self._decode(seen, camera_images(seen, self.cameras), whole=self._watched)
+            hidden = self._decode(seen, camera_images(seen, self.config.cameras), whole=self._watched)
             if overlaps is None:
                 actions = self.head.sample(hidden, generator)
             else:
@@ -228,11 +245,6 @@ class NanoVLA(nn.Module):
     def _watched(self) -> bool:
         """Whether a tap reads what comes out of the last block."""
         return any(part._forward_pre_hooks or part._forward_hooks for part in (self.norm, self.layers[-1]))
-
-    @property
-    def continues_chunks(self) -> bool:
-        """Whether `act` takes `overlaps`."""
-        return isinstance(self.head, FlowHead)
 
     def _continue(self, hidden: Tensor, generator: Generators, overlaps: Sequence[Overlap]) -> Tensor:
         if not isinstance(self.head, FlowHead):
@@ -274,7 +286,7 @@ class NanoVLA(nn.Module):
         return self.action_query.device
 
     def _source(self, batch: Batch, alignment: Alignment | None) -> CameraImages:
-        return camera_images(batch, self.cameras) if alignment is None else alignment.source
+        return camera_images(batch, self.config.cameras) if alignment is None else alignment.source
 
     def _decode(self, batch: Batch, source: CameraImages, whole: bool = True) -> Tensor:
         """Hidden states of the action tokens after the final norm, (B, T, D).
@@ -335,7 +347,7 @@ class NanoVLA(nn.Module):
         return tokenize(texts, self.config.vocab, self.config.max_text).to(self._device)
 
     def _collate(self, observations: Sequence[Observation]) -> dict[str, Any]:
-        return collate(observations, self.cameras, self._device, fit=self._resize)
+        return collate(observations, self.config.cameras, self._device, fit=self._resize)
 
 
 STUDENTS.add(MODEL_TYPE, NanoVLA)

@@ -26,7 +26,7 @@ from spatial_forcing.training.optim import OptimConfig
 logger = logging.getLogger(__name__)
 
 StudentConfig: TypeAlias = NanoConfig | OpenVLAOFTConfig | Pi0Config
-"""The student's own configuration; another student's joins here and in `parts.FACTORIES`."""
+"""The student's own configuration; another student's joins here."""
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -189,7 +189,7 @@ class TrainConfig:
     @property
     def base(self) -> Path | str | None:
         """What is fine-tuned: `init_from`, or the published weights that the new student starts from."""
-        return self.init_from or getattr(self.student, "pretrained", None)
+        return self.init_from or (self.student.pretrained if isinstance(self.student, Pi0Config) else None)
 
     @property
     def forces(self) -> bool:

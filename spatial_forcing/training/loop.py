@@ -32,7 +32,7 @@ from spatial_forcing.forcing import SpatialForcing
 from spatial_forcing.forcing.distributed import gather
 from spatial_forcing.protocols import Batch
 from spatial_forcing.storage import replace_file, require_disk
-from spatial_forcing.students.base import POLICY, restore_student
+from spatial_forcing.students.base import POLICY
 from spatial_forcing.training import checkpoint as files
 from spatial_forcing.training.checkpoint import Checkpoint, TrainState
 from spatial_forcing.training.config import TrainConfig
@@ -353,7 +353,7 @@ class Trainer:
 
     def _load_weights(self, found: Checkpoint) -> None:
         """Before they are placed: each process reads all of them."""
-        restore_student(self._policy, found.policy)
+        self._policy.restore(found.policy)
         beside = found.folder / files.PROJECTOR
         self.forcing.load_projector_state_dict(load_file(beside) if beside.exists() else {})
 
@@ -387,9 +387,8 @@ class Trainer:
 
     def _checkpoint_bytes(self) -> int:
         """Upper estimate of what the run will write: weights and two moments, for each kept checkpoint."""
-        own = getattr(self._policy, "checkpoint_bytes", None)  # adapters alone are less than all weights
-        tensors = self.forcing.state_dict() if own is None else self.forcing.projector_state_dict()
-        weights = (own or 0) + sum(t.numel() * t.element_size() for t in tensors.values())
+        beside = self.forcing.projector_state_dict().values()
+        weights = self._policy.checkpoint_bytes + sum(t.numel() * t.element_size() for t in beside)
         moments = 2 * sum(p.numel() * p.element_size() for p in self.forcing.parameters() if p.requires_grad)
         there = sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
         # One more than is kept lies there while it is written; the exported policy comes on top.

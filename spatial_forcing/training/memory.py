@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+
+from spatial_forcing.students.base import StudentModule
 
 GB = 1e9
 OPTIMIZER_COPIES = 2
@@ -50,12 +51,9 @@ def estimate_memory(
     modules = [student] if projector is None else [student, projector]
     weights = sum(_bytes(t) for module in modules for t in (*module.parameters(), *module.buffers()))
     trained = sum(_bytes(p) for module in modules for p in module.parameters() if p.requires_grad)
-    policy: Any = getattr(student, "policy", student)  # inside adapters
-    told = getattr(policy, "activation_bytes", None)
+    activations = student.activation_bytes(samples) if isinstance(student, StudentModule) else None
     weights, trained = weights // shards, trained // shards
-    return MemoryEstimate(
-        weights, trained, OPTIMIZER_COPIES * trained, None if told is None else int(told(samples))
-    )
+    return MemoryEstimate(weights, trained, OPTIMIZER_COPIES * trained, activations)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

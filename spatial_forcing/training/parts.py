@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from accelerate import PartialState
@@ -18,21 +18,13 @@ from spatial_forcing.data.info import parse_keys
 from spatial_forcing.data.loader import BatchLoader
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.protocols import Batch, Teacher
-from spatial_forcing.students import (
-    LoraStudent,
-    NanoConfig,
-    NanoVLA,
-    OpenVLAOFT,
-    OpenVLAOFTConfig,
-    Pi0,
-    Pi0Config,
-    load_student,
-)
+from spatial_forcing.students import STUDENTS, LoraStudent
+from spatial_forcing.students.base import StudentModule
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import CachedTeacher
 from spatial_forcing.teachers.cache_source import dataset_source
 from spatial_forcing.teachers.controls import SHUFFLED, ShuffledTeacher
-from spatial_forcing.training.config import TrainConfig
+from spatial_forcing.training.config import StudentConfig, TrainConfig
 
 
 class Batches(Protocol):
@@ -56,16 +48,9 @@ class Parts:
     batches: Batches
 
 
-FACTORIES: dict[type, Callable[..., nn.Module]] = {
-    NanoConfig: NanoVLA.create,
-    OpenVLAOFTConfig: OpenVLAOFT.create,
-    Pi0Config: Pi0.create,
-}
-"""How a new student is made from its configuration, the dataset's statistics and `seed=`."""
-
-FINE_TUNERS: dict[type, Callable[..., nn.Module]] = {OpenVLAOFTConfig: OpenVLAOFT.fine_tune}
-"""How a base becomes a student where its folder alone does not say it: (folder, configuration, the dataset's
-statistics, `seed=`). Students that are not here are loaded as they were saved."""
+def student_class(config: StudentConfig) -> type[StudentModule]:
+    """The class that a student's configuration belongs to."""
+    return next(family for family in STUDENTS.values() if family.config_class is type(config))
 
 
 def build_parts(config: TrainConfig) -> Parts:
@@ -107,7 +92,7 @@ def open_dataset(config: DatasetSettings) -> Dataset:
     return Dataset.open(config.dataset, keys=parse_keys(config.keys), store=config.store)
 
 
-def make_student(config: TrainConfig, dataset: Dataset) -> nn.Module:
+def make_student(config: TrainConfig, dataset: Dataset) -> StudentModule:
     """The student at step 0: new with weights from `config.seed`, or the one in `config.init_from`.
 
     It normalises by the statistics of the episodes that it is trained on. With `config.lora` it is a
@@ -117,19 +102,17 @@ def make_student(config: TrainConfig, dataset: Dataset) -> nn.Module:
         DataError: a state or action of these episodes is not finite.
     """
     stats = dataset.statistics(select_episodes(dataset, config))
-    if config.init_from is not None:
-        tune = FINE_TUNERS.get(type(config.student))
-        if tune is not None:
-            loaded: Any = tune(config.init_from, config.student, stats, seed=config.seed)
-        else:
-            loaded = load_student(config.init_from)
+    family = student_class(config.student)
+    if config.init_from is None:
+        student = family.create(config.student, stats, seed=config.seed)
     else:
-        loaded = FACTORIES[type(config.student)](config.student, stats, seed=config.seed)
-    assert isinstance(loaded, nn.Module)
+        loaded = family.fine_tune(config.init_from, config.student, stats, seed=config.seed)
+        assert isinstance(loaded, StudentModule)
+        student = loaded
     if config.lora.rank:
         assert config.base is not None
-        return LoraStudent(loaded, config.lora, base=config.base, seed=config.seed)
-    return loaded
+        return LoraStudent(student, config.lora, base=config.base, seed=config.seed)
+    return student
 
 
 def make_teacher(config: TrainConfig, dataset: Dataset) -> Teacher | None:
@@ -171,7 +154,7 @@ def open_cache(config: TrainConfig, folder: Path, dataset: Dataset) -> CachedTea
     return CachedTeacher(folder, source=dataset_source(dataset, cached.cameras))
 
 
-def make_batches(config: TrainConfig, student: nn.Module, dataset: Dataset) -> BatchLoader:
+def make_batches(config: TrainConfig, student: StudentModule, dataset: Dataset) -> BatchLoader:
     """The batches of this process.
 
     Raises:
@@ -185,13 +168,11 @@ def make_batches(config: TrainConfig, student: nn.Module, dataset: Dataset) -> B
             f"({config.gradient_accumulation}) x processes ({process.num_processes}); "
             f"choose a multiple of {parts}."
         )
-    shape: Any = student.config
+    shape = student.spec
     sizes = {dataset.info.frame_size(camera) for camera in shape.cameras}
     # Square frames of one size need no letterbox: the student resizes them itself, just as when it acts.
     framed_alike = len(sizes) == 1 and all(height == width for height, width in sizes)
     untouched = framed_alike and config.augment is None
-    # Some students letterbox whatever they get, and know then which of their tokens are padding.
-    own_framing = getattr(getattr(student, "policy", student), "letterboxes", False)
     # Cached features belong to the stored frames; a live teacher sees what the student sees.
     cached = config.forces and config.cache is not None
     return BatchLoader(
@@ -200,7 +181,7 @@ def make_batches(config: TrainConfig, student: nn.Module, dataset: Dataset) -> B
         chunk=shape.chunk,
         batch_size=config.batch_size // config.gradient_accumulation,
         seed=config.seed,
-        image_size=None if untouched or own_framing else shape.image_size,
+        image_size=None if untouched or shape.letterboxes else shape.image_size,
         episodes=select_episodes(dataset, config),
         augment=config.augment,
         keep_frames=cached and not untouched,

@@ -14,7 +14,7 @@ from spatial_forcing.envs import make_env
 from spatial_forcing.envs.metaworld_tasks import INSTRUCTIONS
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.storage import write_json
-from spatial_forcing.training.run import open_run
+from spatial_forcing.training.run import METRICS, open_run
 from tests.analysis.rooms import write_rooms
 from tests.comparison.test_compare_run import settings
 
@@ -92,6 +92,8 @@ def test_runs_of_another_2d_teacher_are_refused_and_the_folder_keeps_its_setting
     for run in module.prepare(mine, Dataset.open(rooms)):
         run.train.output.mkdir(parents=True)
         open_run(run.train)
+        # A run that stopped before its first step would give way to the corrected command.
+        (run.train.output / METRICS).write_text('{"step": 1}\n')
     narrowed = started(settings(rooms, tmp_path, arms=("alpha0",), **common))
     wrong = settings(rooms, tmp_path, arms=flat, image_teacher="vggt-nano", **common)
     with pytest.raises(ConfigError, match="2d-seed0 holds a run with another configuration"):

@@ -114,13 +114,8 @@ def test_absent_views_neither_influence_nor_appear(teacher, images, present):
 def test_pixels_of_absent_views_do_not_matter_even_unblanked(teacher, images):
     mask = torch.tensor([[True, False, True]] * 3)
     views = Views.create(images, present=mask)
-    raw = Views(
-        torch.rand_like(images).where(~mask[:, :, None, None, None], images),
-        views.cameras,
-        mask,
-        views.valid,
-        views.student_to_view,
-    )
+    noisy = torch.rand_like(images).where(~mask[:, :, None, None, None], images)
+    raw = replace(views, make=lambda: noisy)
     assert torch.equal(teacher.features(raw)[0], teacher.features(views)[0])
 
 

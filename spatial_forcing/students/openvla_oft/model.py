@@ -8,10 +8,10 @@ Shapes: B batch, V view, N patches of a view, W width, T chunk, A action_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from spatial_forcing.alignment import Alignment, CameraImages, TokenLayout, camera_images
 from spatial_forcing.errors import DataError
 from spatial_forcing.protocols import Batch, Metrics, Observation
-from spatial_forcing.students.base import STUDENTS, ManyStatistics, evaluating, read_config
+from spatial_forcing.students.base import (
+    STUDENTS,
+    ManyStatistics,
+    StudentModule,
+    StudentSpec,
+    evaluating,
+    read_config,
+)
 from spatial_forcing.students.batches import ACTION, STATE, vector
 from spatial_forcing.students.heads import Generators
 from spatial_forcing.students.normalize import Stats
@@ -40,7 +47,7 @@ from spatial_forcing.students.openvla_oft.statistics import Bounds, read_statist
 from spatial_forcing.students.openvla_oft.vision import FiLMBlock, FusedVision
 
 
-class OpenVLAOFT(nn.Module, ManyStatistics):
+class OpenVLAOFT(StudentModule, ManyStatistics):
     """Views, instruction and proprioception in, a chunk of actions out. Implements `protocols.Student`.
 
     Args:
@@ -49,7 +56,8 @@ class OpenVLAOFT(nn.Module, ManyStatistics):
         seed: of the initial weights; the global random stream is left as it was.
     """
 
-    lora_exclude: ClassVar[tuple[str, ...]] = ("lm_head",)
+    config_class = OpenVLAOFTConfig
+    config: OpenVLAOFTConfig
 
     def __init__(
         self, config: OpenVLAOFTConfig, tokenizer_json: bytes | None = None, *, seed: int = 0
@@ -96,11 +104,21 @@ class OpenVLAOFT(nn.Module, ManyStatistics):
             return proprio, L1ActionHead(config.width, config.action_dim) if config.head == "l1" else None
 
     @property
-    def lora_full(self) -> tuple[str, ...]:
-        """Parameters that LoRA training learns in full (see `lora.LoraSettings`): heads and FiLM."""
+    def spec(self) -> StudentSpec:
+        """What it takes and gives; LoRA learns heads and FiLM in full."""
+        config = self.config
         film = [name for name, module in self.vision.named_modules() if isinstance(module, FiLMBlock)]
-        names = [f"vision.{name}.{part}" for name in film for part in ("scale", "shift")]
-        return (*(n for n in ("proprio_projector", "action_head") if getattr(self, n) is not None), *names)
+        scales = [f"vision.{name}.{part}" for name in film for part in ("scale", "shift")]
+        heads = {"proprio_projector": self.proprio_projector, "action_head": self.action_head}
+        return StudentSpec(
+            cameras=config.cameras,
+            image_size=config.image_size,
+            state_dim=config.state_dim,
+            action_dim=config.action_dim,
+            chunk=config.chunk,
+            lora_full=(*(name for name, head in heads.items() if head is not None), *scales),
+            lora_exclude=("lm_head",),
+        )
 
     def fit(self, stats: Stats) -> None:
         """Take a LeRobot dataset's statistics (raw units)."""
@@ -130,14 +148,9 @@ class OpenVLAOFT(nn.Module, ManyStatistics):
         """The norm after the last block; it sees the whole sequence."""
         return self.llm.norm
 
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """Names of the cameras, in order."""
-        return self.config.cameras
-
     def alignment(self, batch: Batch) -> Alignment:
         """Patches follow BOS view by view, (B, V, h, w), those of absent views are invalid."""
-        source = camera_images(batch, self.cameras)
+        source = camera_images(batch, self.config.cameras)
         present = source.present.to(self._device)
         grid = (self.config.grid, self.config.grid)
         B, V = present.shape
@@ -160,7 +173,7 @@ class OpenVLAOFT(nn.Module, ManyStatistics):
         is_pad = is_pad.to(actions.device, torch.bool)
         targets = self.tokens.encode(actions).flatten(1)
         text = self._text(batch, targets)
-        source = camera_images(batch, self.cameras) if alignment is None else alignment.source
+        source = camera_images(batch, self.config.cameras) if alignment is None else alignment.source
         hidden = self._hidden(batch, text, source)
         if self.action_head is None:
             loss = self._token_loss(hidden, text, is_pad)
@@ -295,7 +308,7 @@ class OpenVLAOFT(nn.Module, ManyStatistics):
         return cls.from_pretrained(folder, statistics=statistics)
 
     @classmethod
-    def from_base(cls, place: str | Path, settings: dict[str, Any]) -> Self:
+    def from_base(cls, place: str | Path, settings: Mapping[str, Any]) -> Self:
         """The student of `settings` on the weights in `place`, which may lack heads and statistics."""
         from spatial_forcing.students.openvla_oft.checkpoint import load
 
@@ -355,7 +368,7 @@ class OpenVLAOFT(nn.Module, ManyStatistics):
     def _act_parallel(self, batch: Batch) -> Tensor:
         count = self.config.chunk * self.config.action_dim
         text = self._text(batch, torch.zeros(len(batch["task"]), count, dtype=torch.long))
-        source = camera_images(batch, self.cameras)
+        source = camera_images(batch, self.config.cameras)
         hidden = gather(self._hidden(batch, text, source), self._before(text))
         if self.action_head is not None:
             return self.predict(hidden)
@@ -364,7 +377,7 @@ class OpenVLAOFT(nn.Module, ManyStatistics):
     def _autoregress(self, batch: Batch) -> Tensor:
         """Greedy, one token a pass; each pass runs the whole sequence again."""
         tokens = torch.zeros(len(batch["task"]), 0, dtype=torch.long, device=self._device)
-        source = camera_images(batch, self.cameras)
+        source = camera_images(batch, self.config.cameras)
         for count in range(self.config.action_dim):
             text = self._text(batch, torch.cat([tokens, tokens.new_zeros(len(tokens), 1)], dim=1), stop=False)
             hidden = self._hidden(batch, text, source)

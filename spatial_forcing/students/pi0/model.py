@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from spatial_forcing.alignment import Alignment, CameraImages, camera_images
 from spatial_forcing.protocols import Batch, Metrics, Observation
-from spatial_forcing.students.base import STUDENTS, evaluating
+from spatial_forcing.students.base import STUDENTS, StudentModule, StudentSpec, evaluating
 from spatial_forcing.students.batches import ACTION, STATE, collate, vector
 from spatial_forcing.students.heads import Generators, masked_mean, row_noise
 from spatial_forcing.students.normalize import Normalizer, Stats
@@ -37,7 +37,7 @@ UNREAD = ("self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layerno
 """Parts of the language model's last block behind its keys and values, which alone the expert reads."""
 
 
-class Pi0(nn.Module):
+class Pi0(StudentModule):
     """pi0 as a student. Implements `protocols.Student`; `network` is the stock transformers model.
 
     Weights that no loss reaches (the expert's token embedding, the queries and MLP of the language model's
@@ -45,11 +45,8 @@ class Pi0(nn.Module):
     unused parameter and the optimizer keeps no state for them.
     """
 
-    letterboxes = True
-    """Images are taken as recorded, of any size and shape; the loader need not fit them."""
-
-    lora_full: ClassVar[tuple[str, ...]] = ("network.embed_action_time", "network.action_out_proj")
-    """Parameters that LoRA training learns in full (see `lora.LoraSettings`), as openpi's own LoRA does."""
+    config_class = Pi0Config
+    config: Pi0Config
 
     def __init__(self, config: Pi0Config, *, seed: int = 0, saved: str | Path | None = None) -> None:
         """Weights are those of `config.pretrained`, or drawn from `seed` (the global stream is not shifted).
@@ -96,9 +93,21 @@ class Pi0(nn.Module):
         return norm
 
     @property
-    def cameras(self) -> tuple[str, ...]:
-        """Names of the cameras, in order."""
-        return self.config.cameras
+    def spec(self) -> StudentSpec:
+        """What it takes and gives; LoRA learns in full what openpi's own does."""
+        config = self.config
+        last = f"network.model.vlm.language_model.layers.{config.size.depth - 1}."
+        return StudentSpec(
+            cameras=config.cameras,
+            image_size=config.image_size,
+            state_dim=config.state_dim,
+            action_dim=config.action_dim,
+            chunk=config.chunk,
+            letterboxes=True,
+            continues_chunks=True,
+            lora_full=("network.embed_action_time", "network.action_out_proj"),
+            lora_exclude=tuple(f"{last}{part}*" for part in UNREAD),
+        )
 
     def alignment(self, batch: Batch) -> Alignment:
         """Constant positions, (B, V, h, w), those of absent views and of padding invalid; see `views_of`."""
@@ -106,7 +115,7 @@ class Pi0(nn.Module):
         # Training only: nothing of it is in a process that serves.
         from spatial_forcing.forcing.layout import layout_from_offset, tokens_valid
 
-        source = camera_images(batch, self.cameras)
+        source = camera_images(batch, self.config.cameras)
         valid = tokens_valid(picture_mask(source, self.config.image_size), grid)
         B, V = valid.shape[:2]
         layout = layout_from_offset(B, V, grid, start=0, valid=valid, device=valid.device)
@@ -158,9 +167,6 @@ class Pi0(nn.Module):
             timestep=time.float(),
         )
         return F.mse_loss(output.logits.float(), noise - actions, reduction="none")
-
-    continues_chunks: ClassVar[bool] = True
-    """`act` takes `overlaps`."""
 
     def act(
         self,
@@ -262,15 +268,9 @@ class Pi0(nn.Module):
         parts = [last + part for part in UNREAD] + ["model.vlm.language_model.norm", "model.dit.embed_tokens"]
         return name.startswith(tuple(parts))
 
-    @property
-    def lora_exclude(self) -> tuple[str, ...]:
-        """Layers that get no adapters: nobody reads their output."""
-        last = f"network.model.vlm.language_model.layers.{self.config.size.depth - 1}."
-        return tuple(f"{last}{part}*" for part in UNREAD)
-
     def _inputs(self, batch: Batch, source: CameraImages | None = None) -> dict[str, Tensor]:
         """The arguments that training and sampling share."""
-        source = camera_images(batch, self.cameras) if source is None else source
+        source = camera_images(batch, self.config.cameras) if source is None else source
         pixels = letterboxed_pixels(source, self.config.image_size)
         (B, V), tokens = source.present.shape, self.config.size.grid**2
         words, real = (part.to(self._device) for part in self.prompt(batch.get("task"), B))
@@ -291,7 +291,7 @@ class Pi0(nn.Module):
         return F.pad(value, (0, PADDED - value.shape[-1]))
 
     def _collate(self, observations: Sequence[Observation]) -> dict[str, Any]:
-        return collate(observations, self.cameras, self._device)
+        return collate(observations, self.config.cameras, self._device)
 
 
 STUDENTS.add(MODEL_TYPE, Pi0)
