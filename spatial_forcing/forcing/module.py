@@ -43,8 +43,10 @@ class SpatialForcing(nn.Module):
 
     Attributes:
         student: the policy; parameters are saved under `student.`.
-        projector: trained beside it, or None; a list with one for each pair where they are independent.
-        centre, standardiser: counted beside it, or None; see `projector_state_dict`.
+        projector: maps student tokens to teacher channels; a list with one for each pair where they are
+            independent; None where alpha is 0.
+        centre, standardiser: running means (and scales) of the teacher's features, or None where the
+            configuration does not ask for them. Saved with the projector.
         pairs: the aligned (blocks before the tap, teacher layer), resolved to indices >= 0.
 
     Raises:
@@ -141,7 +143,8 @@ class SpatialForcing(nn.Module):
 
         The denominator of the alignment loss (samples with any valid token) is then summed over these
         batches and all ranks; without it every forward is normalised over the ranks alone. Every rank must
-        call this alike. What is made of a batch here is used by its forward.
+        call this with as many batches. The alignment made of a batch here is used by its forward; a batch
+        that was not announced gets its own.
 
         Args:
             batches: this rank's micro-batches, on the device, in the order they will be passed.
@@ -181,7 +184,9 @@ class SpatialForcing(nn.Module):
         """
         if not self.active:
             raise ConfigError("there is no alignment loss: alpha is 0 throughout this run.")
-        ready = self._announced.pop(0) if self._announced and self.training else self._prepare(batch)
+        ready = self._announced.pop(0) if self._announced and self.training else None
+        if ready is None or not _same(ready.batch, batch):
+            ready = self._prepare(batch)
         self._tap.attach()
         self._tap.arm()
         try:
@@ -260,7 +265,8 @@ class SpatialForcing(nn.Module):
         B, V = views.present.shape
         check_layout(layout, batch_size=B, views=V)
         layout = TokenLayout(layout.index.to(views.device), layout.valid.to(views.device))
-        return _Prepared(alignment, layout, token_validity(layout, views, self.config.registration))
+        valid = token_validity(layout, views, self.config.registration)
+        return _Prepared(batch, alignment, layout, valid)
 
     @torch.compiler.disable
     def _align(self, captured: Mapping[int, Tensor], ready: _Prepared) -> tuple[Tensor, Metrics]:
@@ -338,11 +344,13 @@ class _Prepared:
     """A batch made ready for the alignment.
 
     Attributes:
+        batch: what the rest was made of.
         alignment: what the student says of it.
         layout: its layout, shifted, on the views' device.
         valid: (B, V, h, w) bool, which tokens have a target.
     """
 
+    batch: Batch
     alignment: Alignment
     layout: TokenLayout
     valid: Tensor
@@ -351,6 +359,14 @@ class _Prepared:
     def samples(self) -> Tensor:
         """(B,) bool: which samples have a token with a target."""
         return self.valid.flatten(1).any(1)
+
+
+def _same(one: Batch, other: Batch) -> bool:
+    """Whether two batches hold the same tensors; DDP and FSDP pass a new mapping of them."""
+    if one is other:
+        return True
+    tensors = [key for key, value in other.items() if isinstance(value, Tensor)]
+    return bool(tensors) and all(one.get(key) is other[key] for key in tensors)
 
 
 class TeacherRef:

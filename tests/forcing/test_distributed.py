@@ -131,3 +131,19 @@ def test_a_short_window_is_divided_as_the_loop_divides():
         forcing.begin_accumulation(batches, divisor)
         losses.append(forcing(batches[0])[1]["align_loss"])
     torch.testing.assert_close(losses[1], 4 * losses[0])
+
+
+def test_a_batch_that_was_not_announced_gets_its_own_alignment():
+    """A new mapping of the announced tensors is the announced batch; another batch is not."""
+    first, second = rows(whole_batch(), 0, 2), rows(whole_batch(), 2, 4)
+    losses = []
+    for announced, given in (
+        ([second, first], second),
+        ([second, first], dict(second)),
+        ([first, second], second),
+    ):
+        forcing = build({})
+        forcing.begin_accumulation(announced)
+        _, metrics = forcing(given)
+        losses.append((metrics["align_loss"], metrics["action_loss"]))
+    assert losses[0] == losses[1] == losses[2]
