@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import comb, sqrt
+from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -371,6 +371,6 @@ def mcnemar(first: Outcomes, second: Outcomes) -> McNemar:
         )
     only_first = sum(first[key] and not second[key] for key in first)
     only_second = sum(second[key] and not first[key] for key in first)
-    n, k = only_first + only_second, min(only_first, only_second)
-    tail = sum(comb(n, i) for i in range(k + 1)) / 2**n
-    return McNemar(only_first, only_second, len(first), min(1.0, 2 * tail))
+    discordant = only_first + only_second
+    p_value = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
+    return McNemar(only_first, only_second, len(first), p_value)

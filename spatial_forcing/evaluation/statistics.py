@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from statistics import NormalDist, fmean
+from statistics import fmean
+
+from scipy.stats import binomtest
 
 from spatial_forcing.errors import DataError
 
@@ -46,15 +48,10 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> Rate:
         raise DataError(
             f"{successes} successes in {trials} trials: need 0 <= successes <= trials, trials >= 1."
         )
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
     rate = successes / trials
-    shrink = 1 + z * z / trials
-    centre = (rate + z * z / (2 * trials)) / shrink
-    half = z * sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials)) / shrink
+    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
     # At 0 and at `trials` successes one limit is exact; rounding must not push it past the estimate.
-    return Rate(
-        rate, min(max(0.0, centre - half), rate), max(min(1.0, centre + half), rate), successes, trials
-    )
+    return Rate(rate, min(float(interval.low), rate), max(float(interval.high), rate), successes, trials)
 
 
 def macro_mean(rates: Sequence[Rate]) -> Rate:
