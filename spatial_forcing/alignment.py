@@ -98,7 +98,7 @@ class Views:
 
     @cached_property
     def images(self) -> Tensor:
-        """(B, V, 3, H, W) float: what the teacher encodes. In [0, 1] but for the overshoot of resampling.
+        """(B, V, 3, H, W) float: what the teacher encodes. In [0, 1], except where resampling overshoots.
 
         Raises:
             DataError: another type or shape than promised, a pixel out of range or not finite.

@@ -34,7 +34,7 @@ def writable(folder: Path) -> bool:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, flush it to disk and rename: a reader never sees half a file.
+    """Let `write` fill a temporary file, flush it to disk and rename it to `path`: readers see no part of it.
 
     Others may read it as far as the umask says; safetensors (0.8) would keep it from them.
     """

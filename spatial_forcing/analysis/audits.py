@@ -88,14 +88,14 @@ def _row(arm: str, fraction: float, place: str, runs: Sequence[Curves]) -> Audit
 
 
 def _mean(runs: Sequence[Curves], kind: str, place: str) -> Curve:
-    """Over runs, at the steps that all of them have."""
+    """The mean over runs, at the steps that all runs have."""
     found = [dict(zip(*run[kind][place], strict=True)) for run in runs]
     steps = sorted(set.intersection(*(set(curve) for curve in found)))
     return {int(step): float(np.mean([curve[step] for curve in found])) for step in steps}
 
 
 def whole(rows: Sequence[AuditRow]) -> list[AuditRow]:
-    """Those over everything that both losses reach."""
+    """The rows that cover all parameters which both losses reach."""
     return [row for row in rows if row.place == ALL]
 
 

@@ -155,7 +155,7 @@ def marker(arm: int, x: float, y: float, size: float = 4.0) -> str:
 
 
 def _shape(arm: int) -> int:
-    """Of six dash patterns and markers: another one each time that the colours come round again."""
+    """One of six pairs of dash pattern and marker; it changes each time the colours repeat."""
     return (arm + arm // 6) % 6
 
 

@@ -168,7 +168,7 @@ def contrast_columns(difference: str) -> list[str]:
 def csv_lines(
     own: Sequence[object], arm: str, fraction: float, contrasts: Iterable[ArmContrast[Difference]]
 ) -> list[list[object]]:
-    """Lines of an arm's CSV: its own figures beside each of its contrasts; one line where there is none.
+    """The CSV lines of an arm: its figures, and one contrast a line.
 
     Args:
         own: figures of the arm on that part of the data.

@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Report nothing."""
+    """A progress callback that does nothing."""
 
 
 @dataclass(frozen=True)

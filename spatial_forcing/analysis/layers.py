@@ -71,6 +71,6 @@ def suggest_layer(metrics: Sequence[ProbeMetrics], name: str, blocks: int) -> La
 
 
 def _readout(metrics: Iterable[ProbeMetrics]) -> list[ProbeMetrics]:
-    """Those of the linear readout, or of what there is without one."""
+    """The metrics of the linear readout, or all metrics where there is no linear one."""
     found = list(metrics)
     return [m for m in found if m.head == "linear"] or found

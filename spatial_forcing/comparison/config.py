@@ -141,13 +141,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder and in progress bars."""
+        """The name of the folder, which progress bars show too."""
         part = "" if self.fraction == 1 else f"-{100 * self.fraction:g}%"
         return f"{re.sub(r'[^A-Za-z0-9_.,=+()-]', '_', self.arm.name)}{part}-seed{self.seed}"
 
     @property
     def tags(self) -> dict[str, Any]:
-        """Of its episodes."""
+        """The tags that its episodes get."""
         return {"arm": self.arm.name, "fraction": self.fraction, "seed": self.seed}
 
 

@@ -73,7 +73,7 @@ class Run:
 
 
 def compare(config: CompareConfig, console: Console | None = None, make: MakeEnv = make_env) -> Comparison:
-    """Train, evaluate and compare; the same call goes on where an earlier one stopped.
+    """Train, evaluate and compare; the same call resumes an earlier one.
 
     More arms, seeds, parts or controls may be added later; finished runs and episodes are not repeated.
 
@@ -183,7 +183,7 @@ def finished(run: TrainConfig) -> bool:
 
 
 def _simulators(config: CompareConfig, run: Run, make: MakeEnv) -> WorkerPool:
-    """As many as training processes; beside GPUs, whose number those go by, one for each core."""
+    """As many simulators as training processes; on a machine with GPUs one for each core."""
     workers = max(config.parallel, os.cpu_count() or 1) if torch.cuda.is_available() else config.parallel
     fresh = make is make_env and any(suite_of(task).fresh for task in config.tasks)
     env = environment_settings(config, run)
@@ -191,7 +191,7 @@ def _simulators(config: CompareConfig, run: Run, make: MakeEnv) -> WorkerPool:
 
 
 def environment_settings(config: CompareConfig, run: Run) -> dict[str, Any]:
-    """What the environments are made with."""
+    """The settings that `make_env` gets."""
     student = run.train.student
     env: dict[str, Any] = {"cameras": student.cameras, "image_size": config.image_size or student.image_size}
     if config.horizon is not None:
@@ -258,7 +258,7 @@ def _device(run: TrainConfig) -> str:
 
 
 def _policy(run: Run, step: int) -> Any:
-    """As it is deployed: on the GPU where there is one."""
+    """The policy of a run, on the GPU where there is one."""
     policy = load_student(run.policy(step))
     return policy.to(_device(run.train)) if isinstance(policy, torch.nn.Module) else policy
 
@@ -351,7 +351,7 @@ def _call_milliseconds(run: Run) -> float | None:
 
 
 def _audits(runs: Sequence[Run]) -> tuple[AuditRow, ...]:
-    """What finished runs logged of their gradients."""
+    """The gradient audits that finished runs logged."""
     return audit_rows(
         [
             AuditRecord(run.cell.arm.name, run.cell.fraction, read_metrics(run.train.output))

@@ -67,7 +67,7 @@ class EpisodeEncoder:
         return len(self._tasks)
 
     def add(self, frame: Frame, task: str) -> None:
-        """Append one frame; nothing is kept of a frame that is refused.
+        """Append one frame. A refused frame leaves the episode as it was.
 
         Raises:
             DataError: a camera, depth map, pose or vector is missing, surplus, not finite or has a wrong
@@ -137,7 +137,7 @@ class EpisodeEncoder:
         if array.shape != shape:
             raise DataError(f"{place}: {key} has shape {array.shape}; the dataset says {shape}.")
         if not np.isfinite(array).all():
-            raise DataError(f"{place}: {key} is not finite ({array.tolist()}); mend the recording.")
+            raise DataError(f"{place}: {key} is not finite ({array.tolist()}); correct the recording.")
         return array
 
     def _expect(self, image: NDArray[Any], key: str, dtype: type, place: str) -> None:

@@ -1,4 +1,4 @@
-"""Writes a dataset's statistics anew, where they do not belong to its rows (after trimming or merging)."""
+"""Recomputes a dataset's statistics that do not match its rows, as after trimming or merging."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def _fill(dataset: Dataset, camera: str, file: _CameraFile, plan: dict[int, str]
 
 
 def _sources(dataset: Dataset, camera: str) -> list[list[Any]]:
-    """Name, size and time of every file the camera's frames come from: unchanged means nothing to hash."""
+    """Name, size and modification time of the camera's source files; unchanged files are not hashed again."""
     files = dataset.source_files([camera])
     stats = [(path.relative_to(dataset.root).as_posix(), path.stat()) for path in files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

@@ -43,7 +43,7 @@ class Cost:
     tokens: int
 
     def lines(self) -> list[str]:
-        """In words."""
+        """The figures as lines of text."""
         return [
             f"parameters {_number(self.parameters)} + projector {_number(self.projector)}",
             f"weights, gradients and AdamW state {_bytes(self.weights)} + {_bytes(self.projector_weights)}",
@@ -55,7 +55,7 @@ class Cost:
         ]
 
     def to_plain(self) -> dict[str, int]:
-        """For JSON."""
+        """The figures as a mapping for JSON."""
         return asdict(self)
 
 

@@ -35,7 +35,7 @@ STEPS = ("images", "decoder blocks", "token grid", "tap", "gradient path", "cost
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What is known already.
+    """What the user says about the model.
 
     Attributes:
         blocks: path of the decoder blocks in the model, e.g. model.language_model.layers; none: found.

@@ -58,7 +58,7 @@ class Probe:
         self.before = self.read(batch)
         if not bool(torch.isfinite(self.before).all()):
             raise LayoutError(
-                "what enters the first decoder block is not finite; mend the batch or the weights."
+                "what enters the first decoder block is not finite; check the batch and the weights."
             )
         again = self.read(batch)
         if again.shape != self.before.shape or bool(

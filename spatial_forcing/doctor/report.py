@@ -49,11 +49,11 @@ class Report:
         return all(check.state == "pass" for check in self.checks)
 
     def to_plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The findings as a mapping for JSON."""
         return {"ok": self.ok, **asdict(self)}
 
     def text(self) -> str:
-        """For people."""
+        """The findings as text."""
         lines = [f"spatial-forcing doctor {self.target}", ""]
         for number, check in enumerate(self.checks, 1):
             lines.append(f"{number}. {check.name:<14} {check.state}")

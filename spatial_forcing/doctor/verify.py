@@ -41,7 +41,7 @@ def paint_patches(probe: Probe, pictures: Pictures, layout: TokenLayout, views: 
     if layout.index.shape[1] != pictures.views:
         raise LayoutError(
             f"the layout claims {layout.index.shape[1]} views a sample, but the batch holds "
-            f"{pictures.views}; name the images to use with --image-key, or mend the layout."
+            f"{pictures.views}; name the images to use with --image-key, or correct the layout."
         )
     length = probe.before.shape[1]
     if int(layout.index.max()) >= length:

@@ -238,7 +238,7 @@ def _hopeless(errors: Sequence[EpisodeError]) -> EnvironmentSetupError:
     first = errors[0]
     return EnvironmentSetupError(
         f"no episode could be run. {first.task} seed {first.seed} failed twice: {first.message}\n"
-        "Mend the environment and evaluate again; finished episodes are kept."
+        "Fix the cause, then run the same command again; finished episodes are kept."
     )
 
 

@@ -66,7 +66,7 @@ def shard(
 
 
 class SampleWeights:
-    """What one sample's alignment loss counts, so that means over ranks and micro-batches are the global one.
+    """The weight of a sample's loss that makes means over ranks and micro-batches the mean over samples.
 
     Each optimizer step is one window of micro-batches; without `begin` every batch is a window of its own.
     """

@@ -89,7 +89,7 @@ class Tap:
         return {k: captured[k] for k in self.depths}
 
     def site(self, k: int) -> str:
-        """In words, where the tap after `k` blocks sits; for messages."""
+        """The place of the tap after `k` blocks in words, for messages."""
         if k < len(self._blocks):
             return f"block {k} ({type(self._blocks[k]).__name__})"
         return "the final norm" if self._final_norm is not None else f"block {k - 1}, the last one,"

@@ -1,4 +1,4 @@
-"""Answers whatever requests wait, many in one call of the policy, in a thread beside the network's.
+"""Answers all waiting requests in one call of the policy, in a thread of its own.
 
 While one batch is computed the next one gathers. Clients that were answered together ask again together, a
 little apart: the first of them would go alone and make the others wait for a whole call, so a batch is held
@@ -116,7 +116,7 @@ class Batcher:
                 return
 
     def _gather(self, first: _Job) -> tuple[list[_Job], bool]:
-        """What waits or is about to come, up to a batch; requests of clients that have gone are dropped."""
+        """The waiting requests and those expected soon, up to a batch, without those of clients that left."""
         batch = [first]
         last = self._take(batch)
         there = len(batch)
@@ -143,7 +143,7 @@ class Batcher:
         return False
 
     def _missing(self, batch: list[_Job]) -> bool:
-        """Whether `batch` has room, and someone who asked lately is not in it."""
+        """Whether `batch` has room, and a client that asked recently is not in it."""
         asked = set[object]().union(*self._lately)
         return len(batch) < self._max_batch and not asked <= {job.client for job in batch}
 

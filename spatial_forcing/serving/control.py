@@ -82,7 +82,7 @@ class ActionChunkBroker:
         return self._chunk[self._step - 1]
 
     def reset(self) -> None:
-        """Ask anew at the next step."""
+        """Ask for a new chunk at the next step."""
         self._step = self._execute
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class ActionChunkBroker:
 
 
 class TemporalEnsemble:
-    """Asks at every step; the action is the weighted mean of all chunks that speak about this step.
+    """Asks for a chunk at every step; the action is the weighted mean of all chunks that cover this step.
 
     The i-th oldest chunk weighs exp(-decay * i), as in ACT: the oldest counts most.
 

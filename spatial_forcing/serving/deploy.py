@@ -39,7 +39,7 @@ class RateKeeper:
         self.start()
 
     def start(self) -> None:
-        """Begin anew; the first command starts the schedule."""
+        """Start the schedule again, with the next command."""
         self.steps = self.misses = 0
         self.worst = 0.0
         self._due: float | None = None

@@ -212,7 +212,7 @@ class PolicyServer:
             self.counters.connected(-1)
 
     async def _serve_one(self, client: _Client, message: str | bytes) -> None:
-        """Answer one message; raises `ConnectionClosed` or `_ClientGone` when nobody waits for it."""
+        """Answer one message; raises `ConnectionClosed` or `_ClientGone` when the client has left."""
         started = time.perf_counter()
         reply: str | bytes
         try:

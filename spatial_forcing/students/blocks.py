@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 def attention_mask(keep: Tensor, like: Tensor) -> Tensor:
-    """0 where `keep` (B, N) bool, minus infinity on tokens that nobody may attend to.
+    """0 where `keep` (B, N) bool, minus infinity on tokens that are masked.
 
     Attention makes this of a boolean mask by itself, but anew in every block.
     """

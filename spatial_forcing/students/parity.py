@@ -33,7 +33,7 @@ class Parity:
 
     @property
     def tolerance(self) -> float:
-        """What `relative` may be at most."""
+        """The largest `relative` that passes."""
         return TOLERANCE.get(self.dtype, 1e-4)
 
     def __str__(self) -> str:

@@ -27,7 +27,7 @@ MAX_GUIDANCE = 5.0
 
 @dataclass(frozen=True)
 class Overlap:
-    """What is left of the running chunk.
+    """The actions of the running chunk that are not executed yet.
 
     Attributes:
         previous: (n, A) float32 in environment units, n >= 1; row 0 is the action of the step at which the

@@ -80,7 +80,7 @@ _announced: set[str] = set()
 def announce_licence(name: str, licence: str) -> None:
     """Say once (in the first process of a run) under which licence a teacher's weights are used.
 
-    Cached features are the weights' work, and so are announced too; random weights are no one's.
+    Cached features fall under the licence of the weights that made them. Random weights have none.
     """
     if name in _announced or name.startswith(RANDOM) or os.environ.get("RANK", "0") != "0":
         return

@@ -151,7 +151,7 @@ class _Ranks:
         self.main = self.index == 0
 
     def share(self, work: _Work | None) -> _Work:
-        """What the main process passes, in every process."""
+        """Give every process the value of the main process."""
         box: list[_Work | None] = [work]
         if self._state is not None:
             broadcast_object_list(box)

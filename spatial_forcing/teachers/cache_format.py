@@ -157,7 +157,7 @@ class Shard:
 
     @property
     def number(self) -> int:
-        """Of the shard in its cache."""
+        """The number of the shard in its cache."""
         return int(self.data.name.split(".")[0].removeprefix("shard-"))
 
     def save(self) -> None:

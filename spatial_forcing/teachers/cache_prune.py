@@ -39,7 +39,7 @@ class Pruned:
 
 
 def prune_cache(folder: str | Path, source: FrameSource | None = None, *, dry_run: bool = False) -> Pruned:
-    """Drop what is not used, and write shards that have holes anew without them.
+    """Remove unused features: delete whole shards, rewrite shards that are used in part.
 
     Interrupted at any moment it has lost nothing: a shard's record is switched to the new data at once.
 
@@ -85,7 +85,7 @@ def _whole(header: CacheHeader, shard: Shard) -> tuple[CachedEpisode, ...]:
 
 
 def _rewrite(header: CacheHeader, shard: Shard, episodes: tuple[CachedEpisode, ...]) -> None:
-    """Leave `episodes` alone in the shard; the old data goes last."""
+    """Rewrite the shard with `episodes` only; the old data is deleted last."""
     rows = sum(e.length for e in episodes)
     if episodes == shard.episodes and _bytes(shard.data) == rows * header.row.itemsize:
         return

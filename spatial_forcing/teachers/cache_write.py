@@ -51,7 +51,7 @@ def read_views(
 
 
 def spread_frames(source: FrameSource, count: int) -> NDArray[np.int64]:
-    """At most `count` frame indices, evenly over the dataset."""
+    """At most `count` frame indices, spread evenly over the dataset."""
     every = np.concatenate([np.arange(e.first, e.first + e.length) for e in wanted_episodes(source)])
     return every[np.linspace(0, len(every) - 1, min(count, len(every))).astype(int)]
 

@@ -1,4 +1,4 @@
-"""Controls that a real teacher must beat: what the alignment gives when its target says nothing of the frame.
+"""Controls that a real teacher must beat: what the alignment gives with targets unrelated to the frame.
 
 `random:NAME` (in `load_teacher`) is the architecture with random weights. `ShuffledTeacher` gives each frame
 the features of another: targets of the right kind, from the right camera, about the wrong scene.

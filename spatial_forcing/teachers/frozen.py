@@ -78,7 +78,7 @@ class FrozenTeacher(ABC):
 
     @abstractmethod
     def _facts(self) -> Mapping[str, Any]:
-        """Whatever else features depend on, beside the arithmetic type and the framing."""
+        """Whatever features depend on apart from the arithmetic type and the framing."""
 
     @abstractmethod
     def _bytes(self, views: int, height: int, width: int, layers: int) -> int:
@@ -167,7 +167,7 @@ class FrozenTeacher(ABC):
 
 
 def lower_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of matrix products in `dtype`: autocast would convert them anew in every call."""
+    """Keep the weights of matrix products in `dtype`: autocast would convert them in every call."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.to(dtype)
@@ -175,7 +175,7 @@ def lower_weights(module: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def random_stream(seed: int) -> Iterator[None]:
-    """Draw from a stream of its own; the caller's goes on as if nothing had been drawn."""
+    """Use a separate random stream; the caller's random state is unchanged afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

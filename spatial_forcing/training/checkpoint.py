@@ -1,4 +1,4 @@
-"""Checkpoints: directories that are written beside, then renamed; never half there.
+"""Checkpoints: directories that are written under a temporary name, then renamed.
 
 step-000001000/
 policy/                the student as `save_pretrained` writes it
@@ -131,7 +131,7 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the checkpoint in `folder`, or None."""
+    """A sentence on what is wrong with the checkpoint in `folder`, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         kind, files = manifest["format"], manifest["files"]

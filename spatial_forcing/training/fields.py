@@ -136,7 +136,7 @@ def _coerce_union(options: Sequence[Any], value: Any, place: str) -> Any:
 
 
 def _best_fit(options: Sequence[Any], value: Mapping[str, Any]) -> Sequence[Any]:
-    """Of several dataclasses the one that knows most of the names, so that errors speak of the right one."""
+    """The dataclass that has most of the names, so that errors are about the one that was meant."""
     classes = [option for option in options if is_dataclass(option)]
     if len(classes) < 2:
         return options

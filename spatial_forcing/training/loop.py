@@ -358,7 +358,7 @@ class Trainer:
         self.forcing.load_projector_state_dict(load_file(beside) if beside.exists() else {})
 
     def _load_state(self, found: Checkpoint) -> None:
-        """What else the checkpoint holds."""
+        """Load the rest of the checkpoint: optimizer, scheduler, random states."""
         state = files.read_state(found.folder)
         self.step, self.seconds, self.meter.rows = state.step, state.seconds, list(state.rows)
         states = files.load_tensors(found.folder / files.OPTIMIZER)

@@ -28,7 +28,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All that is known."""
+        """The sum of the known parts."""
         return self.weights + self.gradients + self.optimizer + (self.activations or 0)
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class MemoryEstimate:
 def estimate_memory(
     student: nn.Module, samples: int, projector: nn.Module | None = None, shards: int = 1
 ) -> MemoryEstimate:
-    """For one forward and backward of `samples` samples in one process, with the projector(s) beside it.
+    """Estimate the memory of one forward and backward of `samples` samples in one process.
 
     `shards` is the number of processes that share weights, gradients and moments. Left out are a block's
     whole weights, which each of them gathers for a moment, and the projector's own activations: a few

@@ -73,7 +73,7 @@ class OptimConfig:
 
 
 def lr_factor(config: OptimConfig, step: int, steps: int) -> float:
-    """What `config.lr` is multiplied by at optimizer step `step` (0-based) of `steps`."""
+    """The factor of `config.lr` at optimizer step `step` (0-based) of `steps`."""
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
     return warmup * _decay_factor(config, step, steps)
 

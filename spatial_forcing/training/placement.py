@@ -101,7 +101,7 @@ def _whole(cpu_offload: bool = False) -> Any:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """In a storage of its size: shards of uneven size are gathered into a longer one, which no file takes."""
+    """The tensor in a storage of its own size; safetensors refuses longer ones, which uneven shards leave."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 

@@ -1,4 +1,4 @@
-"""Named starting points: a preset is a complete configuration but for the two folders.
+"""Presets: complete configurations, except for the dataset and output folders.
 
 config = preset("nano-metaworld", dataset="data", output="runs/sf", overrides={"forcing.alpha": 0.2})
 """

@@ -1,4 +1,4 @@
-"""Curves in TensorBoard, Weights & Biases or Trackio, beside metrics.jsonl."""
+"""Curves in TensorBoard, Weights & Biases or Trackio, in addition to metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def names(dim: int, kind: str) -> tuple[str, ...]:
 
 
 def instruction(file: Any, path: Path, source: Path) -> str:
-    """What the episode or a file beside it says the task is.
+    """The instruction, from the episode or from a file in its folder.
 
     Raises:
         DataError: neither gives an instruction.

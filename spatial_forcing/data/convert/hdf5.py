@@ -160,7 +160,7 @@ def numbers(array: Any, dtype: type[Any] = np.float32) -> NDArray[Any]:
 
 
 def rows_of(group: Any, name: str) -> int:
-    """Rows of the array `name`; 0 where there is none, which reading it names."""
+    """Number of rows of the array `name`; 0 for a missing array, which is refused when it is read."""
     array = group.get(name)
     return len(array) if getattr(array, "ndim", 0) else 0
 

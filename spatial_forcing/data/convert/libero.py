@@ -91,7 +91,7 @@ class LiberoConverter:
         return Schema(FPS, cameras, STATE_NAMES + more, ACTION_NAMES, "LiberoEnv", unused=self._unused())
 
     def _first_frame(self) -> Frame:
-        """Of the first episode that has one; lists no more than it needs."""
+        """The value of the first episode that has one; lists no more episodes than needed."""
         for source in self._sources():
             try:
                 return next(iter(source.frames()))[0]

@@ -233,7 +233,7 @@ def _fps(file: Any) -> int:
 
 
 def _instruction(file: Any, group: Any) -> str:
-    """Of the demonstration (`ep_meta`), else the words of the environment's name.
+    """The instruction in `ep_meta`, else the words of the environment's name.
 
     Raises:
         DataError: the file gives neither.

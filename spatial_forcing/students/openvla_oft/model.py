@@ -193,7 +193,7 @@ class OpenVLAOFT(StudentModule, ManyStatistics):
 
     @torch.no_grad()
     def act_normalised(self, observations: Sequence[Observation]) -> Tensor:
-        """What `act` gives, before it is turned into units and the gripper is binarised."""
+        """The actions of `act` before they get units and the gripper is binarised."""
         with evaluating(self):
             batch = pictures.collate(observations, self.config)
             return self._autoregress(batch) if self._causal else self._act_parallel(batch)

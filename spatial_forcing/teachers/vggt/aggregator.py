@@ -50,7 +50,7 @@ class ConvPatchEmbed(nn.Module):
 
 
 class StemPatchEmbed(nn.Module):
-    """Convolutions that keep to their patch, and a table that tells where in the image a patch is.
+    """Convolutions within each patch, plus a table of position embeddings.
 
     Rotary embeddings only say how far apart two patches are; with a floor and a table in every image, where a
     patch is says most about its depth.

@@ -1,4 +1,4 @@
-"""Reading and writing VGGT checkpoints in the published layout: `config.json` beside one weights file.
+"""Reading and writing VGGT checkpoints in the published layout: `config.json` and one weights file.
 
 Weights are `model.safetensors` or `model.pt` (a flat state dict); both are read lazily and mapped
 into memory. A folder without a config, or a bare file, is taken for VGGT-1B.
@@ -49,7 +49,7 @@ class Source:
 
 
 def find_local(path: str | Path) -> Source:
-    """Locate a checkpoint in a folder, or take a weights file with the config beside it.
+    """Find a checkpoint in a folder, or take a weights file and the config in the same folder.
 
     Raises:
         CheckpointError: nothing there, or a malformed `config.json`.

@@ -138,7 +138,7 @@ class VGGTTeacher(FrozenTeacher):
 
     @torch.no_grad()
     def predict(self, views: Views, heads: Sequence[str] = HEADS) -> dict[str, Tensor]:
-        """What the heads see: camera, depth and points, as `VGGT.forward` without the iterations.
+        """The heads' predictions: camera, depth and points, as `VGGT.forward` without the iterations.
 
         Pixels are those of the resized views; absent views get zeros.
 

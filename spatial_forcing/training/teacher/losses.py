@@ -20,7 +20,7 @@ NEAREST = 0.02
 
 @dataclass(frozen=True)
 class Targets:
-    """What the heads should say.
+    """The values that the heads should predict.
 
     Attributes:
         depth: (B, V, h, w) metres, clipped at `DEPTH_MAX`.

@@ -163,7 +163,7 @@ class PretrainRun:
         self.save()
 
     def save(self) -> None:
-        """Checkpoint and averaged weights, each written beside its place and renamed."""
+        """Write the checkpoint and the averaged weights, each under a temporary name that is then renamed."""
         state = {
             "config": self.config.comparable(),
             "model": self.model.state_dict(),

@@ -187,7 +187,7 @@ def _render_shard(world: TabletopWorld, spec: SceneSpec, shard: int) -> dict[str
 
 
 def _camera_kinds(rng: np.random.Generator, spec: SceneSpec) -> list[str]:
-    """For each view what `_camera` makes. Of the random scenes, half have free cameras alone."""
+    """The kind of camera of each view, for `_camera`. Half of the random scenes have free cameras only."""
     if spec.cameras != "random":
         exact = spec.cameras == "policy"
         return [name if exact else f"near-{name}" for name in islice(cycle(POLICY_CAMERAS), spec.views)]
