@@ -1,6 +1,6 @@
 """Students: the vision-language-action policies that are fine-tuned."""
 
-from spatial_forcing.students.base import STUDENTS, load_student, statistics_names
+from spatial_forcing.students.base import STUDENTS, StudentConfig, load_student, statistics_names
 from spatial_forcing.students.fusion import FusionVLA
 from spatial_forcing.students.lora import LoraSettings, LoraStudent, merge
 from spatial_forcing.students.nano import NanoConfig, NanoVLA
@@ -18,6 +18,7 @@ __all__ = [
     "OpenVLAOFTConfig",
     "Pi0",
     "Pi0Config",
+    "StudentConfig",
     "load_student",
     "merge",
     "statistics_names",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,6 +28,7 @@ __all__ = [
     "STUDENTS",
     "ManyStatistics",
     "Student",
+    "StudentConfig",
     "StudentModule",
     "StudentSpec",
     "evaluating",
@@ -49,6 +50,32 @@ OTHERS = "spatial_forcing.students"
 
 STUDENTS: Registry[type[StudentModule]] = Registry("student")
 """Student classes by the `model_type` of their `config.json`."""
+
+
+class StudentConfig:
+    """Base of the students' configurations, which are frozen dataclasses.
+
+    `TrainConfig.student` takes any of them. A saved one is recognised by the names of its settings, which no
+    two students may share in full.
+    """
+
+    cameras: tuple[str, ...]
+    chunk: int
+    # Fields, or computed from others. A property that exists would be the default of a field of its name.
+    if TYPE_CHECKING:
+
+        @property
+        def image_size(self) -> int:
+            """Pixels on a side of a view as the model sees it."""
+            ...
+
+        @property
+        def depth(self) -> int:
+            """Number of decoder blocks that can be aligned."""
+            ...
+
+    pretrained: str | None = None
+    """Published weights (a folder or hub id) that a new student starts from."""
 
 
 @dataclass(frozen=True)

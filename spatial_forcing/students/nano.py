@@ -26,6 +26,7 @@ from spatial_forcing.protocols import Batch, Metrics, Observation
 from spatial_forcing.stem import PatchStem, fits_stem
 from spatial_forcing.students.base import (
     STUDENTS,
+    StudentConfig,
     StudentModule,
     StudentSpec,
     evaluating,
@@ -44,7 +45,7 @@ MODEL_TYPE = "nano"
 
 
 @dataclass(frozen=True)
-class NanoConfig:
+class NanoConfig(StudentConfig):
     """Everything but the weights.
 
     Attributes:

@@ -9,24 +9,19 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
-
-import tyro
+from typing import Any, Literal
 
 from spatial_forcing.data.augment import Augment
 from spatial_forcing.data.info import parse_keys
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing import ForcingConfig
 from spatial_forcing.registry import did_you_mean
-from spatial_forcing.students import LoraSettings, NanoConfig, OpenVLAOFTConfig, Pi0Config
+from spatial_forcing.students import LoraSettings, StudentConfig
 from spatial_forcing.students.openvla_oft.files import is_hub_id
 from spatial_forcing.training.fields import differences, from_plain, to_plain
 from spatial_forcing.training.optim import OptimConfig
 
 logger = logging.getLogger(__name__)
-
-StudentConfig: TypeAlias = NanoConfig | OpenVLAOFTConfig | Pi0Config
-"""The student's own configuration; another student's joins here."""
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -99,7 +94,7 @@ class TrainConfig:
     dataset: Path
     output: Path
     # The preset chooses the class; its settings are options like all others.
-    student: Annotated[StudentConfig, tyro.conf.AvoidSubcommands]
+    student: StudentConfig
     init_from: Path | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
     forcing: ForcingConfig = field(default_factory=ForcingConfig)
@@ -189,7 +184,7 @@ class TrainConfig:
     @property
     def base(self) -> Path | str | None:
         """What is fine-tuned: `init_from`, or the published weights that the new student starts from."""
-        return self.init_from or (self.student.pretrained if isinstance(self.student, Pi0Config) else None)
+        return self.init_from or self.student.pretrained
 
     @property
     def forces(self) -> bool:

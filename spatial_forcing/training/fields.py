@@ -109,7 +109,17 @@ def _coerce(kind: Any, value: Any, place: str) -> Any:
         return value
     if is_dataclass(kind):
         return _coerce_dataclass(cast(type, kind), value, place)
+    if families := _families(kind):
+        return _coerce_union(families, value, place)
     return _coerce_scalar(kind, value, place)
+
+
+def _families(kind: Any) -> list[Any]:
+    """The dataclasses that derive from the class `kind`, which is none itself."""
+    if not isinstance(kind, type) or kind in (Any, *_SCALARS):
+        return []
+    derived: list[type] = kind.__subclasses__()
+    return [each for each in derived if is_dataclass(each)]
 
 
 def _coerce_dataclass(kind: type, value: Any, place: str) -> Any:
@@ -136,11 +146,12 @@ def _coerce_union(options: Sequence[Any], value: Any, place: str) -> Any:
 
 
 def _best_fit(options: Sequence[Any], value: Mapping[str, Any]) -> Sequence[Any]:
-    """The dataclass that has most of the names, so that errors are about the one that was meant."""
+    """The dataclass that has these names or most of them, so that errors are about the one that was meant."""
     classes = [option for option in options if is_dataclass(option)]
     if len(classes) < 2:
         return options
-    return [max(classes, key=lambda option: sum(field.name in value for field in fields(option)))]
+    names = {option: {field.name for field in fields(option)} for option in classes}
+    return [max(classes, key=lambda option: (names[option] == set(value), len(names[option] & set(value))))]
 
 
 def _coerce_tuple(options: Sequence[Any], value: Any, place: str) -> tuple[Any, ...]:

@@ -19,12 +19,12 @@ from spatial_forcing.data.loader import BatchLoader
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.protocols import Batch, Teacher
 from spatial_forcing.students import STUDENTS, LoraStudent
-from spatial_forcing.students.base import StudentModule
+from spatial_forcing.students.base import StudentConfig, StudentModule
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import CachedTeacher
 from spatial_forcing.teachers.cache_source import dataset_source
 from spatial_forcing.teachers.controls import SHUFFLED, ShuffledTeacher
-from spatial_forcing.training.config import StudentConfig, TrainConfig
+from spatial_forcing.training.config import TrainConfig
 
 
 class Batches(Protocol):

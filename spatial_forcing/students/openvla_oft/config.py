@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from spatial_forcing.errors import CheckpointError, ConfigError
+from spatial_forcing.students.base import StudentConfig
 
 MODEL_TYPE = "openvla"
 """As published checkpoints call themselves, so that they load by name and the official code loads ours."""
@@ -16,7 +17,7 @@ ACTION_BINS = 256
 
 
 @dataclass(frozen=True)
-class OpenVLAOFTConfig:
+class OpenVLAOFTConfig(StudentConfig):
     """Everything but the weights. The defaults are the published 7 B models fine-tuned on LIBERO.
 
     Attributes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spatial_forcing.errors import ConfigError
+from spatial_forcing.students.base import StudentConfig
 from spatial_forcing.students.normalize import NormMode
 
 PADDED = 32
@@ -54,7 +55,7 @@ PI0_BASE = Pi0Size()
 
 
 @dataclass(frozen=True)
-class Pi0Config:
+class Pi0Config(StudentConfig):
     """Everything but the weights.
 
     Attributes:
