@@ -59,7 +59,7 @@ for _arm in (
     ArmSpec("alpha0", "no alignment loss, otherwise the same"),
     ArmSpec("sf", "spatial forcing as in the preset", "teacher"),
     ArmSpec("standardised", "every teacher channel standardised", "teacher", {"forcing.standardise": True}),
-    ArmSpec("centred", "without the mean of each place", "teacher", {"forcing.centre": True}),
+    ArmSpec("centred", "without the mean of each cell", "teacher", {"forcing.subtract_cell_mean": True}),
     ArmSpec("multi", "several layers share one projector", "teacher", layers=SEVERAL),
     ArmSpec(
         "independent",

@@ -29,8 +29,8 @@ class ForcingConfig:
         token_shift: added to every token position; 1 is the slice of the released recipe, one token late.
         registration: where token i of n samples the teacher: `corner` -1 + 2i/(n-1) as published,
             `pixel` (2i+1)/n - 1.
-        centre: subtract from each cell of the teacher's grid its running mean over the frames; for cameras
-            that stay where they are, where most of a feature is the same in every frame (see `PlaceMean`).
+        subtract_cell_mean: subtract from each cell of the teacher's grid its running mean over the frames;
+            for fixed cameras, where most of a feature is the same in every frame (see `CellMean`).
         standardise: subtract the running mean of each teacher channel and divide by its deviation.
         gate: mix the tapped layers with learned softmax weights before the projector (the paper's
             appendix calls it adaptive); all pairs must then name one teacher layer.
@@ -52,7 +52,7 @@ class ForcingConfig:
     pe_scale: float = 0.1
     token_shift: int = 0
     registration: Literal["corner", "pixel"] = "corner"
-    centre: bool = False
+    subtract_cell_mean: bool = False
     standardise: bool = False
     gate: bool = False
     widths: tuple[float, ...] = ()

@@ -10,6 +10,7 @@ synchronisation. The teacher is reached by a reference outside the module tree.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -23,11 +24,13 @@ from spatial_forcing.forcing.adapter import Alignable, ModuleStudent
 from spatial_forcing.forcing.audit import gradient_audit
 from spatial_forcing.forcing.config import ForcingConfig, resolve_pairs
 from spatial_forcing.forcing.distributed import SampleWeights, gather, is_sharded, shard_like
+from spatial_forcing.forcing.extras.cell_mean import CellMean
+from spatial_forcing.forcing.extras.standardise import Standardiser
 from spatial_forcing.forcing.layout import check_layout, gather_tokens, shifted
 from spatial_forcing.forcing.loss import alignment_loss, sample_cosines
 from spatial_forcing.forcing.projector import Projector
 from spatial_forcing.forcing.tap import Tap, check_trainable, width_of
-from spatial_forcing.forcing.target import PlaceMean, Standardiser, make_targets, token_validity
+from spatial_forcing.forcing.target import make_targets, token_validity
 from spatial_forcing.protocols import Batch, Metrics, Teacher
 
 
@@ -45,7 +48,7 @@ class SpatialForcing(nn.Module):
         student: the policy; parameters are saved under `student.`.
         projector: maps student tokens to teacher channels; a list with one for each pair where they are
             independent; None where alpha is 0.
-        centre, standardiser: running means (and scales) of the teacher's features, or None where the
+        cell_mean, standardiser: running means (and scales) of the teacher's features, or None where the
             configuration does not ask for them. Saved with the projector.
         pairs: the aligned (blocks before the tap, teacher layer), resolved to indices >= 0.
 
@@ -65,7 +68,7 @@ class SpatialForcing(nn.Module):
         self.config = config if config is not None else ForcingConfig()
         self.student = student
         self.projector: Projector | nn.ModuleList | None = None
-        self.centre: PlaceMean | None = None
+        self.cell_mean: CellMean | None = None
         self.standardiser: Standardiser | None = None
         self.pairs: tuple[tuple[int, int], ...] = ()
         self._schedule = self.config.alpha_schedule
@@ -99,8 +102,8 @@ class SpatialForcing(nn.Module):
         count = len(self.pairs) if config.projectors == "independent" else 1
         made = [Projector(width, teacher.dim, config.norm, gate).to(device) for _ in range(count)]
         self.projector = nn.ModuleList(made) if config.projectors == "independent" else made[0]
-        if config.centre:
-            self.centre = PlaceMean(len(self._layers)).to(device)
+        if config.subtract_cell_mean:
+            self.cell_mean = CellMean(len(self._layers)).to(device)
         if config.standardise:
             if getattr(teacher, "projected", False):
                 raise ConfigError(
@@ -224,6 +227,8 @@ class SpatialForcing(nn.Module):
         Raises:
             CheckpointError: missing, surplus or misshapen entries; the message lists them.
         """
+        # What earlier versions called `centre`.
+        state = {re.sub(r"^centre\.", "cell_mean.", name): value for name, value in state.items()}
         own = self.projector_state_dict()
         missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         misshapen = [
@@ -315,7 +320,7 @@ class SpatialForcing(nn.Module):
         views, valid = ready.alignment.views, ready.valid
         teacher = self._teacher.on(views.device)
         # The means of places are summed over ranks, so a rank without a token must take part in it.
-        if bool(valid.any()) or self.centre is not None:
+        if bool(valid.any()) or self.cell_mean is not None:
             features = teacher.features(views, self._layers)
         else:
             nothing = torch.zeros(*valid.shape[:2], 1, 1, teacher.dim, device=views.device)
@@ -327,7 +332,7 @@ class SpatialForcing(nn.Module):
             valid=valid,
             registration=self.config.registration,
             pe_scale=self.config.pe_scale,
-            centre=self.centre,
+            cell_mean=self.cell_mean,
             standardiser=self.standardiser,
         )
 

@@ -10,9 +10,8 @@ border is repeated; tokens whose point lies outside by more than half a token ce
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from spatial_forcing.alignment import TokenLayout, Views, transform
 from spatial_forcing.errors import ConfigError, DataError
+from spatial_forcing.forcing.extras.cell_mean import CellMean
+from spatial_forcing.forcing.extras.standardise import Standardiser
 from spatial_forcing.forcing.layout import grid_sizes, top_left
-from spatial_forcing.forcing.loss import sum_over_ranks
-from spatial_forcing.precision import FixedPrecision
 
 PE_BASE = 100.0
 """Base of the positional embedding's geometric frequencies."""
@@ -139,123 +138,6 @@ def _map(affine: Tensor, points: Tensor) -> Tensor:
         return transform(affine, points.flatten(2, 3)).view(points.shape)
 
 
-class Standardiser(FixedPrecision):
-    """Standardises each teacher channel by the mean and variance of all valid target tokens seen so far.
-
-    Most of the norm of VGGT's features is one constant vector, which the cosine rewards before anything
-    spatial is learned (beyond the paper). The moments are cumulative, one set for each teacher layer, summed
-    over ranks before use (so every rank has the same ones), include the current batch, and are saved with
-    the projector.
-
-    Args:
-        layers: number of teacher layers.
-        dim: C.
-    """
-
-    count: Tensor
-    total: Tensor
-    squares: Tensor
-
-    def __init__(self, layers: int, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64, device="cpu"))
-        self.register_buffer("total", torch.zeros(layers, dim, dtype=torch.float64, device="cpu"))
-        self.register_buffer("squares", torch.zeros(layers, dim, dtype=torch.float64, device="cpu"))
-
-    @torch.no_grad()
-    def forward(self, targets: Sequence[Tensor], valid: Tensor) -> list[Tensor]:
-        """Standardise one (..., C) target a layer; `valid` (...) selects the tokens that update the moments.
-
-        Moments move in training mode only. Before the first token the targets pass unchanged.
-        """
-        if self.training:
-            self._update(targets, valid)
-        if float(self.count) == 0:
-            return list(targets)
-        mean = self.total / self.count
-        deviation = (self.squares / self.count - mean**2).clamp(min=0).sqrt().clamp(min=1e-6)
-        return [(t - m.float()) / d.float() for t, m, d in zip(targets, mean, deviation, strict=True)]
-
-    def _update(self, targets: Sequence[Tensor], valid: Tensor) -> None:
-        tokens = [t[valid].double() for t in targets]
-        moments = torch.cat(
-            [
-                valid.sum().double()[None],
-                torch.stack([t.sum(0) for t in tokens]).flatten(),
-                torch.stack([t.square().sum(0) for t in tokens]).flatten(),
-            ]
-        )
-        moments = sum_over_ranks(moments.to(self.count.device))
-        self.count += moments[0]
-        self.total += moments[1 : 1 + self.total.numel()].view_as(self.total)
-        self.squares += moments[1 + self.total.numel() :].view_as(self.squares)
-
-
-class PlaceMean(FixedPrecision):
-    """Subtracts from every cell of the teacher's grid the mean of all frames seen so far (beyond the paper).
-
-    With cameras that do not move, most of what the teacher says at a cell is the same in every frame; the
-    cosine is then nearly won by learning that alone. What is left is how this frame differs. Done on the
-    teacher's grid, before sampling, so that it is right under crops. The moments are cumulative, one set for
-    each layer and view, summed over ranks, include the current batch, and are saved with the projector; they
-    take 8 bytes a channel of a cell.
-
-    Args:
-        layers: number of teacher layers.
-    """
-
-    count: Tensor
-    total: Tensor
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.layers = layers
-        # The grid is known with the first features.
-        self.register_buffer("count", torch.zeros(0, dtype=torch.float64))
-        self.register_buffer("total", torch.zeros(layers, 0, 0, 0, 0, dtype=torch.float64))
-
-    @torch.no_grad()
-    def forward(self, features: Sequence[Tensor], present: Tensor) -> list[Tensor]:
-        """Centre (B, V, H, W, C) features, one a layer; views that are `present` (B, V) update the moments.
-
-        Moments move in training mode only. Before a view's first frame it passes unchanged.
-
-        Raises:
-            DataError: the number of views or the grid is another than before.
-        """
-        if not self.count.numel():
-            self._shape_like(features[0].shape[1:], features[0].device)
-        for feature in features:
-            if feature.shape[1:] != self.total.shape[1:]:
-                raise DataError(
-                    f"forcing.centre has the means of (views, rows, columns, channels) "
-                    f"{tuple(self.total.shape[1:])}, but the teacher returned {tuple(feature.shape[1:])}; it "
-                    "needs the same cameras and image size in every batch. Set it to false for mixed data."
-                )
-        if self.training:
-            self._update(features, present)
-        mean = (self.total / self.count.clamp(min=1)[:, None, None, None]).float()
-        return [feature.float() - layer for feature, layer in zip(features, mean, strict=True)]
-
-    def _update(self, features: Sequence[Tensor], present: Tensor) -> None:
-        shown = present[:, :, None, None, None]
-        sums = torch.stack([torch.where(shown, f, 0).double().sum(0) for f in features])
-        moments = torch.cat([present.sum(0).double(), sums.flatten()])
-        moments = sum_over_ranks(moments.to(self.count.device))
-        self.count += moments[: self.count.numel()]
-        self.total += moments[self.count.numel() :].view_as(self.total)
-
-    def _shape_like(self, shape: Sequence[int], device: torch.device) -> None:
-        self.count = torch.zeros(shape[0], dtype=torch.float64, device=device)
-        self.total = torch.zeros(self.layers, *shape, dtype=torch.float64, device=device)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
-        stored = state_dict.get(f"{prefix}total")
-        if stored is not None and not self.count.numel():
-            self._shape_like(stored.shape[1:], self.count.device)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
 def make_targets(
     features: Sequence[Tensor],
     views: Views,
@@ -264,14 +146,14 @@ def make_targets(
     valid: Tensor,
     registration: str = "corner",
     pe_scale: float = 0.1,
-    centre: PlaceMean | None = None,
+    cell_mean: CellMean | None = None,
     standardiser: Standardiser | None = None,
 ) -> list[Tensor]:
     """Teacher features -> targets on the student's tokens, one (B, V, h, w, C) float32 a layer.
 
-    Order: centre, sample, standardise, add the positional embedding, which is sampled from its table on the
-    teacher's grid with the identity map (it describes the student's framing). Rows of invalid tokens are
-    zero, whatever the teacher had there, and nothing carries gradients.
+    Order: subtract the cell mean, sample, standardise, add the positional embedding. The embedding is sampled
+    from its table on the teacher's grid with the identity map (it describes the student's framing). Rows of
+    invalid tokens are zero, whatever the teacher had there, and nothing carries gradients.
 
     Args:
         features: (B, V, H, W, C), one a layer.
@@ -279,7 +161,7 @@ def make_targets(
         layout: the student's tokens.
         valid: (B, V, h, w), from `token_validity`.
         registration, pe_scale: see `ForcingConfig`.
-        centre: applied to the teacher's grid, or None.
+        cell_mean: applied to the teacher's grid, or None.
         standardiser: applied to the sampled features, or None.
 
     Raises:
@@ -295,7 +177,7 @@ def make_targets(
                 f"the teacher returned features of shape {tuple(feature.shape)}; expected ({B}, {V}, rows, "
                 "columns, channels), one grid for each view."
             )
-    centred = features if centre is None else centre(features, views.present)
+    centred = features if cell_mean is None else cell_mean(features, views.present)
     sampled = []
     for feature in centred:
         values = sample_grid(feature.detach().float().flatten(0, 1), mapped).view(B, V, h, w, -1)

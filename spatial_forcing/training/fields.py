@@ -13,6 +13,9 @@ from spatial_forcing.registry import did_you_mean
 
 T = TypeVar("T")
 
+RENAMED = {"forcing.centre": "forcing.subtract_cell_mean"}
+"""Settings that earlier versions wrote under another name; both are read."""
+
 
 def to_plain(value: Any) -> Any:
     """Dataclasses to dicts, tuples to lists, paths to strings: what JSON can hold."""
@@ -34,7 +37,8 @@ def from_plain(kind: type[T], plain: Mapping[str, Any], place: str = "") -> T:
     hints = get_type_hints(kind)
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     values = {}
-    for name, value in plain.items():
+    for written, value in plain.items():
+        name = RENAMED.get(_join(place, written), written).rpartition(".")[2]
         if name not in names:
             raise ConfigError(f"unknown setting {_join(place, name)!r}.{did_you_mean(name, names)}")
         values[name] = _coerce(hints[name], value, _join(place, name))
@@ -55,7 +59,8 @@ def override(config: T, overrides: Mapping[str, Any]) -> T:
     """
     plain = to_plain(config)
     for name, value in overrides.items():
-        _replace_plain(plain, name.split("."), value, name)
+        now = RENAMED.get(name, name)
+        _replace_plain(plain, now.split("."), value, now)
     return from_plain(type(config), plain)
 
 

@@ -40,7 +40,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "sf": {},
     "sf-no-pe": {"forcing.pe_scale": 0.0},
     "sf-standardised": {"forcing.standardise": True},
-    "sf-centred": {"forcing.centre": True},
+    "sf-centred": {"forcing.subtract_cell_mean": True},
     "sf-layer1": {"forcing.pairs": [[1, -1]]},
     "sf-layer3": {"forcing.pairs": [[3, -1]]},
     "sf-alpha0.1": {"forcing.alpha": 0.1},

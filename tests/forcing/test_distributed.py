@@ -20,7 +20,7 @@ SCENARIOS = {
     "independent": ({"pairs": ((1, 0), (3, -1)), "projectors": "independent"}, 1),
     "gate": ({"pairs": ((1, -1), (3, -1)), "gate": True}, 1),
     "standardised": ({"standardise": True}, 1),
-    "centred": ({"centre": True}, 1),
+    "centred": ({"subtract_cell_mean": True}, 1),
     "paused": ({"schedule": "linear", "end": 0.5}, 1),
     "alpha_zero": ({"alpha": 0.0}, 2),
 }

@@ -452,26 +452,33 @@ class TestStandardise:
         assert (losses[0] - losses[1]).abs() > 1e-3
 
 
-class TestCentre:
+class TestCellMean:
+    def test_a_state_with_its_earlier_name_is_read(self):
+        trained, fresh = build(subtract_cell_mean=True), build(seed=1, subtract_cell_mean=True)
+        train(trained, steps=1)
+        state = trained.projector_state_dict()
+        fresh.load_projector_state_dict({k.replace("cell_mean.", "centre."): v for k, v in state.items()})
+        assert torch.equal(fresh.projector_state_dict()["cell_mean.total"], state["cell_mean.total"])
+
     def test_a_fresh_module_takes_over_the_means(self):
-        trained = build(centre=True, pairs=((1, 0), (3, -1)))
+        trained = build(subtract_cell_mean=True, pairs=((1, 0), (3, -1)))
         train(trained, steps=2)
         state = trained.projector_state_dict()
-        assert state["centre.count"].tolist() == [8, 8]
-        fresh = build(seed=1, centre=True, pairs=((1, 0), (3, -1)))
+        assert state["cell_mean.count"].tolist() == [8, 8]
+        fresh = build(seed=1, subtract_cell_mean=True, pairs=((1, 0), (3, -1)))
         fresh.load_projector_state_dict(state)
         fresh.student.load_state_dict(trained.student.state_dict())
         assert torch.equal(fresh.eval()(fake_batch())[0], trained.eval()(fake_batch())[0])
 
     def test_other_cameras_do_not_fit(self):
-        trained, other = build(centre=True), build(centre=True)
+        trained, other = build(subtract_cell_mean=True), build(subtract_cell_mean=True)
         train(trained, steps=1)
-        other.centre([torch.zeros(1, 3, 2, 2, 8)], torch.ones(1, 3, dtype=torch.bool))
-        with pytest.raises(CheckpointError, match=r"centre\.total"):
+        other.cell_mean([torch.zeros(1, 3, 2, 2, 8)], torch.ones(1, 3, dtype=torch.bool))
+        with pytest.raises(CheckpointError, match=r"cell_mean\.total"):
             other.load_projector_state_dict(trained.projector_state_dict())
 
     def test_it_changes_the_loss(self):
-        losses = [build(centre=on)(fake_batch())[1]["align_loss"] for on in (False, True)]
+        losses = [build(subtract_cell_mean=on)(fake_batch())[1]["align_loss"] for on in (False, True)]
         assert (losses[0] - losses[1]).abs() > 1e-3
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from spatial_forcing.alignment import Views, compose, transform
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing import TokenLayout, layout_from_offset
+from spatial_forcing.forcing.extras.cell_mean import CellMean
+from spatial_forcing.forcing.extras.standardise import Standardiser
 from spatial_forcing.forcing.target import (
-    PlaceMean,
-    Standardiser,
     make_targets,
     sincos_table,
     token_points,
@@ -206,7 +206,7 @@ class TestGarbage:
             make_targets([torch.zeros(1, 16, 8)], views_of(), layout, valid=layout.valid)
 
 
-class TestPlaceMean:
+class TestCellMean:
     def features(self, frames=6, noise=1.0):
         generator = torch.Generator().manual_seed(0)
         places = 10 * torch.randn(1, 2, 3, 4, 5, generator=generator)
@@ -214,7 +214,7 @@ class TestPlaceMean:
 
     def test_what_every_frame_says_at_a_place_is_taken_away(self):
         features = self.features()
-        mean = PlaceMean(2)
+        mean = CellMean(2)
         for half in features.split(3):
             result = mean([half, -half], torch.ones(3, 2, dtype=torch.bool))
         expected = features[3:] - features.mean(0)
@@ -226,7 +226,7 @@ class TestPlaceMean:
         present = torch.ones(6, 2, dtype=torch.bool)
         present[2:, 1] = False
         features[2:, 1] = math.nan
-        mean = PlaceMean(1)
+        mean = CellMean(1)
         (result,) = mean([features], present)
         torch.testing.assert_close(result[:2, 1], features[:2, 1] - features[:2, 1].mean(0))
         torch.testing.assert_close(result[:, 0], features[:, 0] - features[:, 0].mean(0))
@@ -235,24 +235,24 @@ class TestPlaceMean:
 
     def test_it_comes_before_sampling_so_crops_are_centred_too(self):
         features = self.features()[:, :1]
-        mean = PlaceMean(1)
+        mean = CellMean(1)
         mean([features], torch.ones(6, 1, dtype=torch.bool))
         mean.eval()
         layout = layout_from_offset(6, 1, (3, 3), start=0)
         crop = affine(0.5, 0.5, 0.3, 0.2, 0).expand(6, 1, 2, 3)
         views = Views.create(torch.rand(6, 1, 3, 12, 16), student_to_view=crop)
-        (there,) = make_targets([features], views, layout, valid=layout.valid, pe_scale=0, centre=mean)
+        (there,) = make_targets([features], views, layout, valid=layout.valid, pe_scale=0, cell_mean=mean)
         (plain,) = make_targets([features], views, layout, valid=layout.valid, pe_scale=0)
         torch.testing.assert_close(there, plain - plain.mean(0), atol=1e-5, rtol=1e-5)
 
     def test_evaluation_changes_nothing(self):
         features, everything = self.features(), torch.ones(6, 2, dtype=torch.bool)
-        mean = PlaceMean(1).eval()
+        mean = CellMean(1).eval()
         assert torch.equal(mean([features], everything)[0], features)
         assert mean.count.tolist() == [0, 0]
 
     def test_another_grid_is_refused(self):
-        mean = PlaceMean(1)
+        mean = CellMean(1)
         mean([self.features()], torch.ones(6, 2, dtype=torch.bool))
         with pytest.raises(DataError, match=r"\(2, 3, 4, 5\).*\(2, 3, 3, 5\)"):
             mean([self.features()[:, :, :, :3]], torch.ones(6, 2, dtype=torch.bool))

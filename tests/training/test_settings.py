@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from spatial_forcing.data.convert.robotwin import SAME
 from spatial_forcing.errors import ConfigError
+from spatial_forcing.forcing import ForcingConfig
 from spatial_forcing.training import PRESETS, OptimConfig, TrainConfig, lr_factor, override, preset
 from spatial_forcing.training.config import changed_settings
 from spatial_forcing.training.optim import make_optimizer, make_scheduler, parameter_groups
@@ -134,6 +136,15 @@ def test_only_what_changes_learning_counts_as_changed():
     one = make_config("a", keep=1, log_every=5)
     two = make_config("b", seed=3, optim=OptimConfig(lr=1e-4))
     assert set(changed_settings(one.to_plain(), two.to_plain())) == {"seed", "optim.lr"}
+
+
+def test_a_renamed_setting_is_read_by_its_earlier_name():
+    now = replace(make_config("a"), forcing=ForcingConfig(subtract_cell_mean=True))
+    plain = now.to_plain()
+    plain["forcing"]["centre"] = plain["forcing"].pop("subtract_cell_mean")
+    assert TrainConfig.from_plain(plain) == now
+    assert changed_settings(plain, now.to_plain()) == {}
+    assert override(make_config("a"), {"forcing.centre": "true"}).forcing.subtract_cell_mean
 
 
 @settings(max_examples=40, deadline=None)
