@@ -38,7 +38,8 @@ def from_plain(kind: type[T], plain: Mapping[str, Any], place: str = "") -> T:
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     values = {}
     for written, value in plain.items():
-        name = RENAMED.get(_join(place, written), written).rpartition(".")[2]
+        full = _join(place, written)
+        name = RENAMED[full].rpartition(".")[2] if full in RENAMED else written
         if name not in names:
             raise ConfigError(f"unknown setting {_join(place, name)!r}.{did_you_mean(name, names)}")
         values[name] = _coerce(hints[name], value, _join(place, name))

@@ -147,6 +147,11 @@ def test_a_renamed_setting_is_read_by_its_earlier_name():
     assert override(make_config("a"), {"forcing.centre": "true"}).forcing.subtract_cell_mean
 
 
+def test_a_dotted_name_is_no_setting_of_its_last_part():
+    with pytest.raises(ConfigError, match=r"unknown setting 'x\.steps'"):
+        TrainConfig.from_plain(make_config("a").to_plain() | {"x.steps": 5})
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     warmup=st.integers(0, 40),
