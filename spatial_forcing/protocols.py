@@ -5,6 +5,7 @@ Shapes: B batch, V view, h x w token grid of one view, C teacher channels.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, TypedDict, runtime_checkable
@@ -40,24 +41,29 @@ class Observation(TypedDict):
 class Student(Protocol):
     """A vision-language-action policy, an `nn.Module`.
 
-    Normalisation and its statistics belong to the student and travel with its checkpoint.
+    Normalisation and its statistics belong to the student and travel with its checkpoint. A class that
+    derives from this one and lacks a member cannot be instantiated.
     """
 
     @property
+    @abstractmethod
     def cameras(self) -> tuple[str, ...] | None:
         """Names of the cameras it sees, in order; None where it takes any."""
         ...
 
     @property
+    @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
         """The decoder blocks whose residual stream can be tapped, in order."""
         ...
 
     @property
+    @abstractmethod
     def final_norm(self) -> nn.Module | None:
         """The norm after the last block (tapped for "after all blocks"), or None."""
         ...
 
+    @abstractmethod
     def alignment(self, batch: Batch) -> Alignment:
         """Where this batch's visual tokens are, and what the teacher should see. Needs no forward pass."""
         ...
@@ -69,6 +75,7 @@ class Student(Protocol):
         """
         ...
 
+    @abstractmethod
     def act(
         self,
         observations: Sequence[Observation],
@@ -81,11 +88,13 @@ class Student(Protocol):
         """
         ...
 
+    @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` in the Hugging Face layout."""
         ...
 
     @classmethod
+    @abstractmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read what `save_pretrained` wrote. Raises `CheckpointError` on another architecture."""
         ...

@@ -13,6 +13,7 @@ import transformers
 from spatial_forcing.alignment import Views
 from spatial_forcing.protocols import Student, Teacher
 from spatial_forcing.students import FusionVLA, NanoConfig, NanoVLA, Pi0
+from spatial_forcing.students.base import StudentModule
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.image import FAMILIES, ImageTeacher
 from spatial_forcing.teachers.vggt.aggregator import IMAGENET_MEAN, IMAGENET_STD
@@ -75,6 +76,16 @@ def test_student_protocol_and_loss(student):
     assert all(m.ndim == 0 and not m.requires_grad for m in metrics.values())
     loss.backward()
     assert all(p.grad is not None for p in student.parameters() if p.requires_grad)
+
+
+def test_a_student_that_lacks_a_member_cannot_be_made():
+    class Half(StudentModule):
+        @property
+        def spec(self):
+            return None
+
+    with pytest.raises(TypeError, match=r"act.*alignment.*blocks.*final_norm.*from_pre.*save_pre"):
+        Half()
 
 
 def test_layout_fits_the_views_and_the_sequence(student):

@@ -7,6 +7,7 @@ line; `students/__init__.py` imports it.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -114,9 +115,10 @@ class StudentModule(nn.Module, Student):
     config: Any
 
     @property
+    @abstractmethod
     def spec(self) -> StudentSpec:
         """What it takes and gives."""
-        raise NotImplementedError
+        ...
 
     @property
     def cameras(self) -> tuple[str, ...] | None:
@@ -130,11 +132,6 @@ class StudentModule(nn.Module, Student):
         Raises:
             DataError: `observation.state` or `action` statistics are missing or of another size.
         """
-        raise NotImplementedError
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read what `save_pretrained` wrote. Raises `CheckpointError` on another architecture."""
         raise NotImplementedError
 
     @classmethod
@@ -169,22 +166,24 @@ class StudentModule(nn.Module, Student):
         return None
 
 
-class ManyStatistics:
+class ManyStatistics(ABC):
     """A student class whose checkpoints may hold the normalisation statistics of several datasets."""
 
     @classmethod
+    @abstractmethod
     def statistics_names(cls, folder: str | Path) -> tuple[str, ...]:
         """The datasets whose statistics the checkpoint in `folder` holds."""
-        raise NotImplementedError
+        ...
 
     @classmethod
+    @abstractmethod
     def with_statistics(cls, folder: str | Path, statistics: str) -> Student:
         """`from_pretrained` with the statistics of that dataset.
 
         Raises:
             CheckpointError: the checkpoint has none of that name; lists those that it has.
         """
-        raise NotImplementedError
+        ...
 
 
 def statistics_names(folder: str | Path) -> tuple[str, ...]:
