@@ -25,7 +25,6 @@ from spatial_forcing.data.info import (
     STATS_FILE,
     DatasetInfo,
     Keys,
-    extrinsic_key,
     image_size,
 )
 from spatial_forcing.data.problems import RERECORD, RESTORE, Problem
@@ -100,7 +99,7 @@ def check(root: str | Path, *, decode: bool = True, keys: Keys | None = None) ->
 def _check_meta(root: Path, info: DatasetInfo) -> tuple[Mapping[int, str], list[Problem]]:
     """The task table, and what is wrong with `meta/` but for the episodes."""
     problems = [*features(info), *absent_vectors(info)]
-    used = {STATE, ACTION, *BOOKKEEPING, *info.visual.values(), *map(extrinsic_key, info.cameras)}
+    used = {*info.numbers, *info.visual.values()}
     if unread := [f"{key} ({f['dtype']})" for key, f in info.features.items() if key not in used]:
         what = f"features that training does not read: {', '.join(unread)}"
         remedy = "join a vector to the state or action with --keys if it belongs there"
@@ -225,10 +224,8 @@ class _Rows:
     @staticmethod
     def columns(info: DatasetInfo) -> dict[str, str]:
         """Columns, by their names in the files, that this package reads -> its own names for them."""
-        vectors = [STATE, ACTION, *map(extrinsic_key, info.cameras), *BOOKKEEPING]
         images = [key for key in info.visual.values() if not info.is_video(key)]
-        keys = [key for key in (*vectors, *images) if key in info.features]
-        return {name: key for key in keys for name in info.columns(key)}
+        return {name: key for key in (*info.numbers, *images) for name in info.columns(key)}
 
     @property
     def number(self) -> int:

@@ -171,6 +171,12 @@ class DatasetInfo:
         """The names, in the files, of the columns that `key` consists of."""
         return self.sources.get(key, (key,))
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The numeric features that this package reads, as far as they are there; others are left alone."""
+        wanted = (STATE, ACTION, *map(extrinsic_key, self.cameras), *BOOKKEEPING)
+        return tuple(key for key in wanted if key in self.features)
+
     def guess(self, key: str) -> str | None:
         """The vector feature that probably is `key`: the one whose name begins or ends like it."""
         word = key.rpartition(".")[2]

@@ -415,10 +415,8 @@ def _data_files(info: DatasetInfo, episodes: Sequence[Episode]) -> list[str]:
 
 
 def _columns(info: DatasetInfo) -> list[str]:
-    """Names, in the files, of the numbers that this package reads; other features are left alone."""
-    vectors = [STATE, ACTION, *(extrinsic_key(camera) for camera in info.cameras)]
-    names = [name for key in vectors if key in info.features for name in info.columns(key)]
-    return list(dict.fromkeys((*names, *(key for key in BOOKKEEPING if key in info.features))))
+    """Names, in the files, of `info.numbers`."""
+    return list(dict.fromkeys(name for key in info.numbers for name in info.columns(key)))
 
 
 def _table_problems(

@@ -6,7 +6,7 @@ decoded here but one frame a camera.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ TOLERANCE = 1e-4
 """Seconds that a timestamp may be off (LeRobot's `tolerance_s`)."""
 HALF = 0.5
 """Frames by which two times may differ and still mean the same frame."""
+VIDEO_COLUMNS = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+"""Columns of `meta/episodes` that say where an episode's frames of a video feature are."""
 
 Row = Mapping[str, Any]
 
@@ -51,11 +53,10 @@ def file_paths(root: Path, info: DatasetInfo, rows: Sequence[Row]) -> Iterator[P
     seen: set[str] = set()
     for row in rows:
         number = int(row["episode_index"])
-        for key, make in _files(info, row).items():
-            if make is None:
+        for key, relative in _files(info, row).items():
+            if relative is None:
                 yield Problem(number, "meta/episodes", f"no video of {key} is named", RESTORE)
                 continue
-            relative = make()
             if relative not in seen:
                 seen.add(relative)
                 try:
@@ -69,20 +70,10 @@ def names_video(info: DatasetInfo, key: str, row: Row) -> bool:
     return all(row.get(f"videos/{info.source(key)}/{name}") is not None for name in VIDEO_COLUMNS)
 
 
-def _files(info: DatasetInfo, row: Row) -> dict[str, Callable[[], str] | None]:
-    files: dict[str, Callable[[], str] | None] = {
-        "data": lambda: info.data_file(row["data/chunk_index"], row["data/file_index"])
-    }
-    for key in info.videos:
-        files[key] = _video_file(info, key, row) if names_video(info, key, row) else None
-    return files
-
-
-VIDEO_COLUMNS = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-
-
-def _video_file(info: DatasetInfo, key: str, row: Row) -> Callable[[], str]:
-    return lambda: info.episode_video(key, row)
+def _files(info: DatasetInfo, row: Row) -> dict[str, str | None]:
+    data = info.data_file(row["data/chunk_index"], row["data/file_index"])
+    videos = {k: info.episode_video(k, row) if names_video(info, k, row) else None for k in info.videos}
+    return {"data": data, **videos}
 
 
 def features(info: DatasetInfo) -> Iterator[Problem]:
@@ -261,7 +252,7 @@ def _spans(
     end = 0.0
     for row in sorted(rows, key=lambda row: float(row[prefix + "from_timestamp"])):
         number, length = int(row["episode_index"]), int(row["length"])
-        start, stop = (float(row[f"{prefix}{end}_timestamp"]) * info.fps for end in ("from", "to"))
+        start, stop = (float(row[f"{prefix}{side}_timestamp"]) * info.fps for side in ("from", "to"))
         if stop - start < length - HALF:
             what = f"{stop - start:.4g} frames of video for {length} rows at {info.fps} fps"
             yield Problem(number, file, what, remedy)
