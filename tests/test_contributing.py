@@ -120,7 +120,7 @@ FILES = {
 
         TEACHERS.add("acme-teacher", TeacherCard("acme-teacher", load_acme, "Apache-2.0", "a test's"))
         CONVERTERS.add("acme", "acme.converter:AcmeConverter")
-        SUITES.add("acme", Suite(("acme-touch",), "tests.comparison.room_env:RoomEnv", ("front", "wrist")))
+        SUITES.add("acme", Suite(("acme-touch",), "tests.experiments.room_env:RoomEnv", ("front", "wrist")))
         """,
     "use.py": """
         import sys

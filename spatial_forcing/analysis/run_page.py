@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spatial_forcing.analysis.charts import Series, line_chart, scatter_chart
+from spatial_forcing.analysis.charts import Series, scatter_chart
 from spatial_forcing.analysis.features import Frames, Progress, silent, student_features, teacher_features
 from spatial_forcing.analysis.pictures import pca_pictures
-from spatial_forcing.analysis.report_data import PictureRow, pca_rows
+from spatial_forcing.analysis.report import Cell, Figure, PictureRow, Section, TableData, pca_rows
 from spatial_forcing.analysis.representation import (
     RankReport,
     audit_curves,
@@ -24,7 +24,6 @@ from spatial_forcing.analysis.representation import (
     rank_report,
     tsne,
 )
-from spatial_forcing.analysis.sections import Cell, Figure, Section, TableData
 from spatial_forcing.errors import DataError
 from spatial_forcing.forcing.projector import Projector
 from spatial_forcing.protocols import Student, Teacher
@@ -134,8 +133,7 @@ def audit_section(rows: Sequence[Mapping[str, float]]) -> Section | None:
     figures = []
     for kind, title in titles.items():
         series = [Series(place, n, x, y) for n, (place, (x, y)) in enumerate(sorted(curves[kind].items()))]
-        svg = line_chart(series, title=title, x_label="training step", y_label=kind)
-        figures.append(Figure(title, svg, legend=tuple((s.arm, s.label) for s in series)))
+        figures.append(Figure.lines(series, title, x_label="training step", y_label=kind))
     last = curves["cosine"]["all"][1][-1]
     lean = (
         "the same way"
@@ -193,9 +191,12 @@ def _cka_figure(found: Representation) -> Figure:
         Series(f"teacher layer {k}", n, list(found.layers), [row[n] for row in found.cka])
         for n, k in enumerate(found.teacher_layers)
     ]
-    title = "CKA of student and teacher"
-    svg = line_chart(series, title=title, x_label="student layer (blocks before it)", y_label="linear CKA")
-    return Figure(title, svg, legend=tuple((s.arm, s.label) for s in series))
+    return Figure.lines(
+        series,
+        "CKA of student and teacher",
+        x_label="student layer (blocks before it)",
+        y_label="linear CKA",
+    )
 
 
 def _rank_table(found: Representation) -> TableData:

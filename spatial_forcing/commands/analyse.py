@@ -10,8 +10,7 @@ import tyro
 from rich.console import Console
 
 from spatial_forcing.analysis.features import Frames, student_cameras
-from spatial_forcing.analysis.report import write_report
-from spatial_forcing.analysis.report_data import ReportData
+from spatial_forcing.analysis.report import ReportData, write_report
 from spatial_forcing.analysis.representation import load_projector
 from spatial_forcing.analysis.run_page import audit_section, represent, representation_section
 from spatial_forcing.commands.train import read_config
@@ -74,7 +73,6 @@ def analyse(options: tyro.conf.OmitArgPrefixes[AnalyseOptions]) -> None:
         title="Analysis of a run",
         subtitle=f"{options.run}, step {checkpoint.step}; teacher {named}; {len(frames)} frames of "
         f"{dataset.root}",
-        arms=(),
         sections=((audit,) if audit is not None else ()) + sections,
         config={"run": config.to_plain()},
         commands=(f"spatial-forcing analyse --run {options.run}",),

@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from spatial_forcing.commands.train import read_config
-from spatial_forcing.comparison import ARMS, CompareConfig
-from spatial_forcing.comparison import compare as run_comparison
-from spatial_forcing.comparison.arms import parse_overrides
-from spatial_forcing.comparison.report import write_page
 from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation import read_results
 from spatial_forcing.evaluation.paired import mcnemar, outcomes, p_text
 from spatial_forcing.evaluation.planning import independent_episode_sd, sample_sizes
 from spatial_forcing.evaluation.results import EpisodeResult, rates_by_task, remarks
 from spatial_forcing.evaluation.statistics import macro_mean
+from spatial_forcing.experiments import ARMS, CompareConfig
+from spatial_forcing.experiments import compare as run_comparison
+from spatial_forcing.experiments.arms import parse_overrides
+from spatial_forcing.experiments.report import write_page
 
 
 def compare(prog: str, arguments: Sequence[str]) -> None:

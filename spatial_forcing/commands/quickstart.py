@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from spatial_forcing.quickstart import QuickstartConfig, run_quickstart
-from spatial_forcing.quickstart import smoke as smoke_config
+from spatial_forcing.experiments.quickstart import QuickstartConfig, run_quickstart
+from spatial_forcing.experiments.quickstart import smoke as smoke_config
 
 
 def quickstart(config: tyro.conf.OmitArgPrefixes[QuickstartConfig], smoke: bool = False) -> None:

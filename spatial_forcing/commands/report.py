@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from spatial_forcing.quickstart import rebuild_report
+from spatial_forcing.experiments.quickstart import rebuild_report
 
 
 def report(folder: Annotated[Path, tyro.conf.Positional] = Path("quickstart")) -> None:

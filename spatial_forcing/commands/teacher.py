@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from spatial_forcing.errors import ConfigError
+from spatial_forcing.nano_teacher.evaluate import evaluate_teacher, metrics_table
+from spatial_forcing.nano_teacher.pretrain import pretrain as run_pretraining
+from spatial_forcing.nano_teacher.pretrain import render_with_progress
+from spatial_forcing.nano_teacher.recipe import PretrainConfig
+from spatial_forcing.nano_teacher.scenes import SceneDataset
 from spatial_forcing.storage import progress_bar
 from spatial_forcing.teachers import TEACHERS, load_teacher
 from spatial_forcing.teachers.vggt import VGGTTeacher
-from spatial_forcing.training.teacher.evaluate import evaluate_teacher, metrics_table
-from spatial_forcing.training.teacher.pretrain import pretrain as run_pretraining
-from spatial_forcing.training.teacher.pretrain import render_with_progress
-from spatial_forcing.training.teacher.recipe import PretrainConfig
-from spatial_forcing.training.teacher.scenes import SceneDataset
 
 
 def list_teachers() -> None:

@@ -1,20 +1,26 @@
 """Arms compared over training seeds: paired differences, correction for several arms, spread, McNemar's test.
 
-A training seed is one draw of initial weights and batches; an arm's result on it is the success over the
-evaluation episodes, a mean over tasks. Arms that share their seeds and episodes are compared seed by seed.
+A training seed is one draw of initial weights and batches. The result of an arm on it is the mean over tasks
+of its evaluation episodes. Arms that share their seeds and episodes are compared seed by seed.
 
-The standard error of the mean difference comes from a hierarchical bootstrap: seeds are drawn with
-replacement, and for each drawn seed the episodes of every task. With a handful of seeds its percentiles are
-too narrow (Hesterberg 2015, Am. Stat. 69:371), so the interval is Student's, with one degree of
-freedom less than there are seeds, and the error is scaled by sqrt(S / (S - 1)). The spread between seeds
-already holds the noise of their episodes, and the second stage adds it again: with few episodes the interval
-is wider than it need be (`planning.power` counts with that). Where seeds solve all or nothing, a few may
-agree by chance; what they then show is bounded, see `least_error`.
+One method gives every interval of a difference. Its standard error is that of a hierarchical bootstrap which
+draws seeds with replacement, then the episodes of every task. For a mean this has a closed form, the limit of
+infinitely many draws:
+
+    error^2 = (variance between seeds + mean over seeds of the variance of their own mean) / seeds
+
+A handful of seeds makes the bootstrap's percentiles too narrow (Hesterberg 2015, Am. Stat. 69:371). The
+interval is therefore Student's with one degree of freedom less than there are seeds, and the error is scaled
+by sqrt(S / (S - 1)). The variance between seeds already holds the noise of their episodes, and the second
+term adds it
+again: with few episodes the interval is wider than it need be (`planning.power` counts with that).
+
+With one common seed the interval covers the choice of episodes alone, and says so (`PairedDifference.seeds`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 
@@ -24,33 +30,31 @@ from scipy import stats
 
 from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation.results import EpisodeResult
+from spatial_forcing.evaluation.statistics import macro_mean, wilson
 
 LEVEL = 0.05
-"""Of a corrected p-value below which a difference counts as shown."""
-BOOTSTRAPS = 10_000
-CHUNK = 500
-"""Bootstrap draws made at a time, so that many seeds and tasks do not fill the memory."""
+"""A difference counts as shown where its corrected p-value is below this."""
 
-Outcomes = Mapping[tuple[str, int], bool]
-"""Success by (task, episode seed) of one policy."""
+Outcomes = Mapping[tuple[str, int], float]
+"""By (task, episode) of one policy: success (0 or 1), or a positive error of which less is better."""
 SeedOutcomes = Mapping[int, Outcomes]
 """Outcomes by training seed."""
-Errors = Mapping[tuple[str, int], float]
-"""A positive error by (task, episode) of one policy; lower is better."""
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean over seeds of treated minus control, in [-1, 1], with a two-sided interval.
+    """Mean over seeds of treated minus control, with a two-sided interval.
 
     Attributes:
-        value, low, high: the estimate and its interval.
+        value, low, high: the estimate and its interval: of success in [-1, 1]; of an error as a part of the
+            control's mean error, so that -0.1 is an error lower by a tenth.
         p_value: of "no difference", two-sided, not corrected.
         per_seed: differences by training seed.
         per_task: mean over seeds by task.
         seed_sd: standard deviation of the differences over seeds, less what the episodes alone give.
         episode_sd: standard deviation of one episode's paired difference around its task's, within a seed.
         episodes: in each seed.
+        relative: whether the values are parts of the control's mean (errors), not differences of success.
     """
 
     value: float
@@ -62,36 +66,21 @@ class PairedDifference:
     seed_sd: float
     episode_sd: float
     episodes: int
+    relative: bool = False
+
+    @property
+    def seeds(self) -> int:
+        """Training seeds that both arms have."""
+        return len(self.per_seed)
 
     def __str__(self) -> str:
-        return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
-
-
-@dataclass(frozen=True)
-class ErrorDifference:
-    """Mean over seeds of treated minus control as a part of the control's mean error; below 0 is better.
-
-    Attributes:
-        value, low, high: the estimate and its interval; -0.1: an error lower by a tenth.
-        p_value: of "no difference", two-sided, not corrected.
-        per_seed: differences by training seed, parts of the same mean.
-        episodes: in each seed.
-    """
-
-    value: float
-    low: float
-    high: float
-    p_value: float
-    per_seed: Mapping[int, float]
-    episodes: int
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:+.1f} % [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        unit = " %" if self.relative else ""
+        return f"{100 * self.value:+.1f}{unit} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Success over training seeds: mean, Student's interval of the mean, standard deviation, extremes."""
+    """Success over training seeds: mean, interval of the mean, standard deviation, extremes."""
 
     mean: float
     low: float
@@ -114,182 +103,131 @@ class McNemar:
 
 def outcomes(episodes: Iterable[EpisodeResult]) -> dict[tuple[str, int], bool]:
     """Success by (task, episode seed). Raises `DataError` when an episode is there twice."""
-    found: dict[tuple[str, int], bool] = {}
+    made: dict[tuple[str, int], bool] = {}
     for episode in episodes:
         key = (episode.task, episode.seed)
-        if key in found:
+        if key in made:
             raise DataError(f"episode {key} is there twice; give the episodes of one policy only.")
-        found[key] = episode.success
-    return found
+        made[key] = episode.success
+    return made
 
 
-def macro_success(found: Outcomes) -> float:
-    """Success, an unweighted mean over tasks."""
-    if not found:
-        raise DataError("no episode, so there is no success rate; evaluate the policy first.")
-    return macro_error(found)
-
-
-def macro_error(found: Errors) -> float:
-    """The mean over episodes, then, unweighted, over tasks."""
+def macro_average(measured: Outcomes) -> float:
+    """The mean over episodes, then, unweighted, over tasks. Raises `DataError` without an episode."""
     by_task: dict[str, list[float]] = {}
-    for (task, _), value in found.items():
+    for (task, _), value in measured.items():
         by_task.setdefault(task, []).append(value)
+    if not by_task:
+        raise DataError("no episode, so there is no mean; evaluate the policy first.")
     return float(np.mean([np.mean(values) for values in by_task.values()]))
 
 
 def paired_difference(
-    treated: SeedOutcomes,
-    control: SeedOutcomes,
-    *,
-    bootstraps: int = BOOTSTRAPS,
-    confidence: float = 0.95,
-    seed: int = 0,
+    treated: SeedOutcomes, control: SeedOutcomes, *, confidence: float = 0.95
 ) -> PairedDifference:
-    """Treated minus control over the training seeds that both have.
+    """Success of treated minus control over the training seeds that both have.
 
     Args:
         treated, control: outcomes over the same episodes in every seed.
-        bootstraps: draws of the hierarchical bootstrap.
         confidence: of the interval.
-        seed: of the bootstrap.
 
     Raises:
-        DataError: fewer than two common seeds, or episodes that are not the same in both arms.
+        DataError: no common seed, or episodes that are not the same in both arms and all seeds.
     """
-    seeds = sorted(treated.keys() & control.keys())
-    if len(seeds) < 2:
-        raise DataError(
-            f"the arms share the training seeds {seeds}; a difference with an interval needs at least two."
-        )
-    tasks, better, worse, counts = _discordant(treated, control, seeds)
-    by_task = (better - worse) / counts
-    by_seed = by_task.mean(1)
-    value = float(by_seed.mean())
-    error = bootstrap_error(better, worse, counts, bootstraps=bootstraps, seed=seed)
-    error *= sqrt(len(seeds) / (len(seeds) - 1))
-    error = max(error, least_error(value, len(seeds), int(counts[0].sum())))
-    low, high, p_value = _student(value, error, len(seeds), confidence)
-    within = (better + worse) / counts - by_task**2
-    noise = float((within / counts).sum(1).mean() / len(tasks) ** 2)
-    return PairedDifference(
-        value=value,
-        low=max(-1.0, low),
-        high=min(1.0, high),
-        p_value=p_value,
-        per_seed=dict(zip(seeds, map(float, by_seed), strict=True)),
-        per_task=dict(zip(tasks, map(float, by_task.mean(0)), strict=True)),
-        seed_sd=sqrt(max(0.0, float(by_seed.var(ddof=1)) - noise)),
-        episode_sd=sqrt(float(within.mean())),
-        episodes=int(counts[0].sum()),
-    )
+    return _paired(treated, control, confidence, relative=False)
 
 
 def paired_error(
-    treated: Mapping[int, Errors],
-    control: Mapping[int, Errors],
-    *,
-    bootstraps: int = BOOTSTRAPS,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> ErrorDifference:
-    """`paired_difference` for errors: the same bootstrap and interval, as a part of the control's mean.
-
-    Args:
-        treated, control: by training seed, errors over the same episodes.
-        bootstraps, confidence, seed: see `paired_difference`.
+    treated: SeedOutcomes, control: SeedOutcomes, *, confidence: float = 0.95
+) -> PairedDifference:
+    """`paired_difference` of errors, as a part of the control's mean error.
 
     Raises:
-        DataError: fewer than two common seeds, episodes that are not the same in all of them, or a control
-            without any error.
+        DataError: as `paired_difference`, or a control without any error.
     """
+    return _paired(treated, control, confidence, relative=True)
+
+
+def _paired(
+    treated: SeedOutcomes, control: SeedOutcomes, confidence: float, *, relative: bool
+) -> PairedDifference:
     seeds = sorted(treated.keys() & control.keys())
-    episodes = sorted(treated[seeds[0]]) if seeds else []
-    if len(seeds) < 2 or not episodes:
-        raise DataError(f"the arms share the training seeds {seeds}; a difference needs at least two.")
-    if any(sorted(found[s]) != episodes for s in seeds for found in (treated, control)):
-        raise DataError("the errors are not over the same episodes in all arms and training seeds.")
-    level = float(np.mean([macro_error(control[s]) for s in seeds]))
+    columns = _differences(treated, control, seeds)
+    level = float(np.mean([macro_average(control[s]) for s in seeds])) if relative else 1.0
     if level <= 0:
         raise DataError("the control's error is 0, so that no difference can be a part of it.")
-    columns = [
-        np.array([[treated[s][key] - control[s][key] for key in episodes if key[0] == task] for s in seeds])
-        for task in sorted({task for task, _ in episodes})
-    ]
-    by_seed = np.mean([values.mean(1) for values in columns], axis=0) / level
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, bootstraps, CHUNK):
-        drawn = rng.integers(len(seeds), size=(min(CHUNK, bootstraps - start), len(seeds)))
-        again = [
-            v[drawn[..., None], rng.integers(v.shape[1], size=(*drawn.shape, v.shape[1]))] for v in columns
-        ]
-        means.append(np.mean([values.mean((1, 2)) for values in again], axis=0))
-    error = float(np.concatenate(means).std()) / level * sqrt(len(seeds) / (len(seeds) - 1))
-    value = float(by_seed.mean())
-    low, high, p_value = _student(value, error, len(seeds), confidence)
-    per_seed = dict(zip(seeds, map(float, by_seed), strict=True))
-    return ErrorDifference(value, low, high, p_value, per_seed, len(episodes))
+    columns = {task: values / level for task, values in columns.items()}
+    by_task = np.stack([values.mean(1) for values in columns.values()], 1)
+    by_seed = by_task.mean(1)
+    value, episodes = float(by_seed.mean()), sum(values.shape[1] for values in columns.values())
+    within = np.stack([values.var(1) for values in columns.values()], 1)
+    sizes = np.array([values.shape[1] for values in columns.values()])
+    noise = float((within / sizes).sum(1).mean() / len(columns) ** 2)
+    if len(seeds) > 1:
+        freedom = len(seeds) - 1
+        error = sqrt((float(by_seed.var()) + noise) / freedom)
+    else:
+        freedom = max(1, episodes - len(columns))
+        error = sqrt(noise * episodes / freedom)
+    if not relative:
+        error = max(error, least_error(value, len(seeds), episodes))
+    low, high, p_value = _student(value, error, freedom, confidence)
+    return PairedDifference(
+        value=value,
+        low=low if relative else max(-1.0, low),
+        high=high if relative else min(1.0, high),
+        p_value=p_value,
+        per_seed=dict(zip(seeds, map(float, by_seed), strict=True)),
+        per_task=dict(zip(columns, map(float, by_task.mean(0)), strict=True)),
+        seed_sd=sqrt(max(0.0, float(by_seed.var(ddof=1)) - noise)) if len(seeds) > 1 else 0.0,
+        episode_sd=sqrt(float(within.mean())),
+        episodes=episodes,
+        relative=relative,
+    )
 
 
-def _discordant(
-    treated: SeedOutcomes, control: SeedOutcomes, seeds: Sequence[int]
-) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Tasks, and by (seed, task): episodes that only treated won, that only control won, and all."""
-    tasks = sorted({task for task, _ in treated[seeds[0]]})
-    if not tasks:
+def _differences(
+    treated: SeedOutcomes, control: SeedOutcomes, seeds: list[int]
+) -> dict[str, NDArray[np.float64]]:
+    """By task, (seeds, episodes): treated minus control. Raises as `paired_difference`."""
+    if not seeds:
+        raise DataError(
+            f"the arms share no training seed (one has {sorted(treated)}, the other {sorted(control)}); run "
+            "both "
+            "with the same."
+        )
+    wanted = treated[seeds[0]].keys()
+    if not wanted:
         raise DataError(f"training seed {seeds[0]} has no episode; evaluate it before arms are compared.")
-    better, worse, counts = (np.zeros((len(seeds), len(tasks)), np.int64) for _ in range(3))
-    for row, seed in enumerate(seeds):
-        if treated[seed].keys() != control[seed].keys() or {t for t, _ in treated[seed]} != set(tasks):
-            odd = sorted(treated[seed].keys() ^ control[seed].keys())[:3]
-            raise DataError(
-                f"the arms were not evaluated on the same episodes with training seed {seed} (only one has, "
-                f"for instance, {odd}); evaluate both on the same tasks and episode seeds."
-            )
-        for (task, episode), won in treated[seed].items():
-            column = tasks.index(task)
-            counts[row, column] += 1
-            better[row, column] += won and not control[seed][task, episode]
-            worse[row, column] += control[seed][task, episode] and not won
-    return tasks, better, worse, counts
-
-
-def bootstrap_error(
-    better: NDArray[np.int64],
-    worse: NDArray[np.int64],
-    counts: NDArray[np.int64],
-    *,
-    bootstraps: int = BOOTSTRAPS,
-    seed: int = 0,
-) -> float:
-    """Standard error of the mean difference: seeds are drawn with replacement, then episodes of every task.
-
-    Resampled episodes enter only through how many of them each arm alone won, so one multinomial draw a task
-    stands for them all.
-
-    Args:
-        better, worse, counts: (seeds, tasks); see `_discordant`.
-        bootstraps, seed: number of draws, and their random stream.
-    """
-    rng = np.random.default_rng(seed)
-    shares = np.stack([better, worse, counts - better - worse], -1) / counts[..., None]
-    means = []
-    for start in range(0, bootstraps, CHUNK):
-        drawn = rng.integers(len(counts), size=(min(CHUNK, bootstraps - start), len(counts)))
-        again = rng.multinomial(counts[drawn], shares[drawn])
-        means.append(((again[..., 0] - again[..., 1]) / counts[drawn]).mean((1, 2)))
-    return float(np.concatenate(means).std())
+    for seed in seeds:
+        for arm in (treated, control):
+            if odd := sorted(arm[seed].keys() ^ wanted)[:3]:
+                raise DataError(
+                    f"the arms were not evaluated on the same episodes with training seed {seed} (only one "
+                    "has, "
+                    f"for instance, {odd}); evaluate both on the same tasks and episode seeds."
+                )
+    keys = sorted(wanted)
+    return {
+        task: np.array(
+            [[float(treated[s][k]) - float(control[s][k]) for k in keys if k[0] == task] for s in seeds]
+        )
+        for task in sorted({task for task, _ in keys})
+    }
 
 
 def least_error(value: float, seeds: int, episodes: int) -> float:
-    """The least standard error that a mean difference over seeds may have, however well they agree.
+    """The least standard error of a mean difference of success, however well seeds and episodes agree.
 
-    Each seed may be off by half an episode, and the p-value stays at or above 2 * 4^-S: that
-    of treated policies which all solve everything beside controls which solve nothing, where each would do
-    either with probability 1/2.
+    Two bounds. Success is a count, so each seed may be off by half an episode (the continuity correction,
+    Yates 1934). And S seeds that all agree are no stronger than S policies of each arm that solve all or
+    nothing: p is at least 2 * 4^-S, that of Barnard's exact test (1945, Nature 156:177) for S of S against 0
+        of S.
     """
-    return max(half_episode(seeds, episodes), abs(value) / float(stats.t.isf(by_chance(seeds), seeds - 1)))
+    least = half_episode(seeds, episodes)
+    if seeds == 1:
+        return least
+    return max(least, abs(value) / float(stats.t.isf(by_chance(seeds), seeds - 1)))
 
 
 def half_episode(seeds: int, episodes: int) -> float:
@@ -298,17 +236,17 @@ def half_episode(seeds: int, episodes: int) -> float:
 
 
 def by_chance(seeds: int) -> float:
-    """Probability that all seeds agree on one side by chance; see `least_error`."""
+    """Half of Barnard's p-value for S of S against 0 of S; see `least_error`."""
     return 4.0**-seeds
 
 
-def _student(value: float, error: float, seeds: int, confidence: float) -> tuple[float, float, float]:
-    """Interval and two-sided p-value of a mean over `seeds` with this standard error."""
+def _student(value: float, error: float, freedom: int, confidence: float) -> tuple[float, float, float]:
+    """Interval and two-sided p-value of a mean with this standard error."""
     if error == 0:
         # Every error of every seed differs by the same. The sign-flip test is then all that can be said.
-        return value, value, 1.0 if value == 0 else 2.0 ** (1 - seeds)
-    reach = float(stats.t.ppf((1 + confidence) / 2, seeds - 1)) * error
-    p_value = 2 * float(stats.t.sf(abs(value) / error, seeds - 1))
+        return value, value, 1.0 if value == 0 else 2.0**-freedom
+    reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    p_value = 2 * float(stats.t.sf(abs(value) / error, freedom))
     return value - reach, value + reach, min(1.0, p_value)
 
 
@@ -335,19 +273,26 @@ def verdict_of(gain: float, p_value: float) -> str:
 
 
 def spread(arm: SeedOutcomes, confidence: float = 0.95) -> Spread:
-    """How an arm's success varies over its training seeds; one seed has no interval (it is [0, 1]).
+    """How the success of an arm varies over its training seeds.
 
+    The interval is Student's over seeds. That of one seed is over its episodes (`statistics.macro_mean`).
     Where all seeds agree it is narrow, and says nothing of seeds that may turn out unlike them.
     """
-    values = np.array([macro_success(found) for found in arm.values()])
+    values = np.array([macro_average(measured) for measured in arm.values()])
     if not len(values):
         raise DataError("no training seed has been evaluated.")
-    mean, low, high, sd = float(values.mean()), 0.0, 1.0, 0.0
+    mean, sd = float(values.mean()), 0.0
     if len(values) > 1:
         sd = float(values.std(ddof=1))
         least = half_episode(len(values), min(map(len, arm.values()))) * sqrt(len(values))
         reach = mean_reach(max(sd, least), len(values), confidence)
         low, high = max(0.0, mean - reach), min(1.0, mean + reach)
+    else:
+        by_task: dict[str, list[float]] = {}
+        for (task, _), won in next(iter(arm.values())).items():
+            by_task.setdefault(task, []).append(won)
+        rate = macro_mean([wilson(int(sum(won)), len(won), confidence) for won in by_task.values()])
+        low, high = rate.low, rate.high
     return Spread(mean, low, high, sd, float(values.min()), float(values.max()), len(values))
 
 
@@ -369,8 +314,8 @@ def mcnemar(first: Outcomes, second: Outcomes) -> McNemar:
         raise DataError(
             f"McNemar's test needs the same episodes of both policies; only one has, for instance, {odd}."
         )
-    only_first = sum(first[key] and not second[key] for key in first)
-    only_second = sum(second[key] and not first[key] for key in first)
+    only_first = sum(bool(first[key] and not second[key]) for key in first)
+    only_second = sum(bool(second[key] and not first[key]) for key in first)
     discordant = only_first + only_second
     p_value = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
     return McNemar(only_first, only_second, len(first), p_value)

@@ -1,4 +1,4 @@
-"""Finished episodes: rows of an appendable JSONL file, and the tables and curves made of them."""
+"""Finished episodes: rows of an appendable JSONL file, and the tables made of them."""
 
 from __future__ import annotations
 
@@ -85,41 +85,12 @@ class EvaluationResult:
         return success_table({"success": self.episodes}, title=title, errors=self.errors)
 
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """Success at one training step."""
-
-    step: int
-    success: Rate
-    per_task: Mapping[str, Rate]
-
-
 def rates_by_task(episodes: Iterable[EpisodeResult]) -> dict[str, Rate]:
     """Success rate with Wilson interval by task, in order of first appearance."""
     counts: dict[str, list[bool]] = {}
     for episode in episodes:
         counts.setdefault(episode.task, []).append(episode.success)
     return {task: wilson(sum(won), len(won)) for task, won in counts.items()}
-
-
-def success_curve(episodes: Iterable[EpisodeResult], tag: str = "step") -> list[CurvePoint]:
-    """Success by `tags[tag]`, ascending: one point for every checkpoint that was evaluated.
-
-    Raises:
-        DataError: an episode does not carry the tag.
-    """
-    groups: dict[int, list[EpisodeResult]] = {}
-    for episode in episodes:
-        if tag not in episode.tags:
-            raise DataError(
-                f"the episode {episode.task} seed {episode.seed} has no tag {tag!r} (it has "
-                f"{sorted(episode.tags)}); evaluate with tags={{{tag!r}: ...}} to draw a curve."
-            )
-        groups.setdefault(int(episode.tags[tag]), []).append(episode)
-    return [
-        CurvePoint(step, macro_mean(list(rates.values())), rates)
-        for step, rates in sorted((step, rates_by_task(rows)) for step, rows in groups.items())
-    ]
 
 
 def remarks(episodes: Iterable[EpisodeResult]) -> tuple[str, ...]:

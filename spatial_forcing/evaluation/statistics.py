@@ -1,9 +1,8 @@
 """Success rates with intervals.
 
 Success counts of a task are binomial; their interval is Wilson's score interval (Wilson 1927), which stays
-inside [0, 1] and is honest at 0 % and 100 %. Means over tasks and differences between arms combine the tasks'
-intervals by the method of variance estimates recovery (Zou and Donner 2008; for two proportions it is
-Newcombe's 1998 hybrid score interval).
+inside [0, 1] and is honest at 0 % and 100 %. A mean over tasks combines the tasks' intervals by the method of
+variance estimates recovery (Zou and Donner 2008). Differences between arms: see `paired`.
 """
 
 from __future__ import annotations
@@ -67,15 +66,3 @@ def macro_mean(rates: Sequence[Rate]) -> Rate:
     above = weight * sqrt(sum((r.high - r.value) ** 2 for r in rates))
     successes, trials = sum(r.successes for r in rates), sum(r.trials for r in rates)
     return Rate(mean, max(0.0, mean - below), min(1.0, mean + above), successes, trials)
-
-
-def difference(treated: Rate, control: Rate) -> tuple[float, float, float]:
-    """`treated - control` as (value, low, high), each in [-1, 1].
-
-    The arms count as independent. Arms that share episode seeds are positively correlated as a rule, so
-    the interval is then wider than it had to be.
-    """
-    value = treated.value - control.value
-    below = sqrt((treated.value - treated.low) ** 2 + (control.high - control.value) ** 2)
-    above = sqrt((treated.high - treated.value) ** 2 + (control.value - control.low) ** 2)
-    return value, max(-1.0, value - below), min(1.0, value + above)

@@ -23,9 +23,9 @@ import tyro
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
+from spatial_forcing.nano_teacher.pretrain import augment
+from spatial_forcing.nano_teacher.scenes import SceneDataset
 from spatial_forcing.storage import progress_bar, replace_file, write_json
-from spatial_forcing.training.teacher.pretrain import augment
-from spatial_forcing.training.teacher.scenes import SceneDataset
 
 MASKED = 0.6
 """Share of the patches that are hidden, as in SimMIM."""

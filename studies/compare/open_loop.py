@@ -18,12 +18,12 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from spatial_forcing.analysis.held_out import ErrorRecord, analyse_errors
-from spatial_forcing.comparison import CompareConfig
-from spatial_forcing.comparison.config import cells, train_config
-from spatial_forcing.comparison.run import CONFIG, Run
 from spatial_forcing.data import Dataset
 from spatial_forcing.evaluation.open_loop import open_loop_errors
+from spatial_forcing.experiments import CompareConfig
+from spatial_forcing.experiments.config import cells, train_config
+from spatial_forcing.experiments.run import CONFIG, Run
+from spatial_forcing.experiments.statistics import RunRecord, analyse_errors
 from spatial_forcing.storage import replace_file, write_json
 from spatial_forcing.students import load_student
 from spatial_forcing.training.run import read_result
@@ -61,7 +61,7 @@ def main(settings: Settings) -> None:
         console.print(f"- {sentence}", highlight=False)
 
 
-def measure(run: Run, config: CompareConfig, dataset: Dataset, frames: int) -> ErrorRecord | None:
+def measure(run: Run, config: CompareConfig, dataset: Dataset, frames: int) -> RunRecord | None:
     """The errors of a run's last policy, if there is one."""
     result = read_result(run.train.output)
     if result is None:
@@ -75,7 +75,7 @@ def measure(run: Run, config: CompareConfig, dataset: Dataset, frames: int) -> E
         frames=frames,
     )
     cell = run.cell
-    return ErrorRecord(
+    return RunRecord(
         cell.arm.name, cell.fraction, cell.seed, {result.steps: errors}, result.seconds, result.peak_memory
     )
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from spatial_forcing.envs import EVALUATION_SEEDS
 from spatial_forcing.envs.metaworld import STATE_DIM, MetaWorldEnv
-from spatial_forcing.training.teacher.tasks import RESERVED_TASKS
+from spatial_forcing.nano_teacher.tasks import RESERVED_TASKS
 
 RESULTS = Path(__file__).with_name("screen.jsonl")
 PRIVILEGED = [*range(18), 36, 37, 38]

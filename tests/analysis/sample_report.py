@@ -9,9 +9,11 @@ import torch
 
 from spatial_forcing.analysis.pictures import pca_pictures
 from spatial_forcing.analysis.probe import DepthPanel, ProbeMetrics, ProbeResult
-from spatial_forcing.analysis.report_data import Arm, Media, ProbeReport, ReportData, pca_rows
-from spatial_forcing.evaluation.results import EpisodeResult
+from spatial_forcing.analysis.probe_page import probe_section
+from spatial_forcing.analysis.report import Media, ReportData, Section, pca_rows
 from spatial_forcing.evaluation.video import write_video
+from spatial_forcing.experiments.sections import comparison_section, training_section
+from spatial_forcing.experiments.statistics import Comparison, RunRecord, analyse
 
 TASKS = ("reach-v3", "push-v3", "drawer-open-v3", "button-press-topdown-v3", "window-open-v3")
 RATES = {
@@ -21,15 +23,30 @@ RATES = {
 }
 
 
-def episodes(arm: str, rng: np.random.Generator, count: int = 50) -> list[EpisodeResult]:
+def records(arm: str, rng: np.random.Generator, count: int = 50) -> list[RunRecord]:
     return [
-        EpisodeResult(
-            task, seed, bool(rng.random() < rate * growth), 80, -1.0, 1.0, tags={"arm": arm, "step": step}
+        RunRecord(
+            arm,
+            1.0,
+            training_seed,
+            {
+                step: {
+                    (task, seed): bool(rng.random() < rate * growth)
+                    for task, rate in zip(TASKS, RATES[arm], strict=True)
+                    for seed in range(count)
+                }
+                for step, growth in ((250, 0.45), (500, 0.7), (1000, 0.9), (1500, 1.0))
+            },
+            seconds=100.0,
+            peak_memory=2**30,
         )
-        for step, growth in ((250, 0.45), (500, 0.7), (1000, 0.9), (1500, 1.0))
-        for task, rate in zip(TASKS, RATES[arm], strict=True)
-        for seed in range(count)
+        for training_seed in range(3)
     ]
+
+
+def compared() -> Comparison:
+    rng = np.random.default_rng(0)
+    return analyse([r for arm in RATES for r in records(arm, rng)], controls=["base"])
 
 
 def losses(arm: str, rng: np.random.Generator) -> list[dict[str, float]]:
@@ -87,7 +104,6 @@ def sample_report(folder: Path) -> ReportData:
         "SF": "alpha 0.5: visual tokens after block 2 aligned with vggt-nano",
         "blind": "alpha 0, images blanked: what state and instruction alone reach",
     }
-    arms = tuple(Arm.of(n, text, episodes(n, rng), losses(n, rng)) for n, text in described.items())
     scenes = [scene(rng)[0] for _ in range(3)]
     small = torch.from_numpy(np.stack([s[8::16, 8::16] for s in scenes])).double()
     mixed = {
@@ -99,20 +115,31 @@ def sample_report(folder: Path) -> ReportData:
     return ReportData(
         title="Spatial Forcing: quickstart",
         subtitle="Meta-World, 5 tasks, 20 demonstrations each · 21 November 2026",
-        arms=arms,
-        control="base",
-        treated="SF",
-        blind="blind",
-        notes=(
-            "One training seed an arm: the intervals do not cover the spread between training runs.",
-            "Five simulated tasks with scripted demonstrations; nothing is said about real robots.",
+        sections=(
+            comparison_section(
+                compared(),
+                described,
+                ("Five simulated tasks with scripted demonstrations; nothing is said about real robots.",),
+            ),
+            training_section({arm: [losses(arm, rng)] for arm in RATES}),
+            probe_section(
+                probe(rng),
+                {"mean depth image": "mean image (floor)", "base": "base", "SF": "SF", "teacher": "teacher"},
+                list(RATES),
+            ),
+            Section(
+                "features",
+                "Features",
+                pictures=pca_rows(
+                    {f"scene {i}": s for i, s in enumerate(scenes)}, pca_pictures(mixed, "teacher")
+                ),
+            ),
+            Section(
+                "videos",
+                "Videos",
+                videos=tuple(Media.file(video, f"{task}, SF, success") for task in TASKS[:3]),
+            ),
         ),
-        probe=ProbeReport.of(
-            probe(rng),
-            {"mean depth image": "mean image (floor)", "base": "base", "SF": "SF", "teacher": "teacher"},
-        ),
-        pca=pca_rows({f"scene {i}": s for i, s in enumerate(scenes)}, pca_pictures(mixed, "teacher")),
-        videos=tuple(Media.file(video, f"{task}, SF, success") for task in TASKS[:3]),
         config={
             "SF": {"alpha": 0.5, "pairs": [[2, -1]], "steps": 1500},
             "base": {"alpha": 0.0, "steps": 1500},

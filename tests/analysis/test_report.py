@@ -5,12 +5,14 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from spatial_forcing.analysis.report import render, write_report
-from spatial_forcing.analysis.report_data import Arm, Media, ReportData, verdict
+from spatial_forcing.analysis.report import Media, render, write_report
 from spatial_forcing.errors import DataError
-from spatial_forcing.evaluation.results import EpisodeResult
+from spatial_forcing.experiments.sections import training_section
 from tests.analysis.browser import inspect, visit
-from tests.analysis.sample_report import TASKS, sample_report
+from tests.analysis.sample_report import TASKS, compared, sample_report
+
+CHARTS = 3 + 2 + 1
+"""Success, differences, success over training; two losses; the probe."""
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +25,13 @@ def page(data, tmp_path_factory):
     return write_report(data, tmp_path_factory.mktemp("report") / "report.html")
 
 
-def arm(name, won, trials):
-    rows = [EpisodeResult("reach", i, i < won, 1, 0.0, 0.1, tags={"step": 1}) for i in range(trials)]
-    return Arm.of(name, "", rows)
-
-
 def test_every_section_is_there(page):
     html = page.read_text()
-    for section in ("result", "evaluations", "losses", "probe", "features", "videos", "repeat"):
+    for section in ("comparison", "losses", "probe", "features", "videos", "repeat"):
         assert f'<section id="{section}">' in html
-    assert html.count('class="chart"') == 1 + (1 + len(TASKS)) + 3 + 1
+        assert f'href="#{section}"' in html
+    assert html.count('class="chart"') == CHARTS
+    assert html.count('class="card"') == 3
     assert html.count("<video") == 3
     assert "&#34;alpha&#34;: 0.5" in html
     assert "packages.torch" in html
@@ -54,91 +53,54 @@ def test_every_picture_has_an_alternative_text(page):
     assert all(re.search(r'alt="[^"]+"', image) for image in images)
 
 
-def test_the_table_says_what_the_data_say(data, page):
+def test_cards_and_tables_say_what_was_measured(page):
     html = page.read_text()
-    foot = html[html.index("<tfoot>") : html.index("</tfoot>")]
-    for a in data.arms:
-        assert f"{100 * a.success.value:.1f} %" in foot
-        assert f"{a.success.successes}/{a.success.trials}" in foot
-
-
-def test_stand_in_assets_are_marked_wherever_success_is_shown(page):
-    said = "Stand-in assets: not comparable with published results."
-    assert said not in page.read_text()
-    rows = [
-        EpisodeResult("t", i, True, 1, 0.0, 0.1, tags={"step": 1}, setup={"assets": "stand-ins"})
-        for i in range(2)
-    ]
-    html = render(ReportData("LIBERO", "", (arm("base", 1, 2), Arm.of("SF", "", rows))))
-    result = html[html.index('<section id="result">') : html.index("</section>")]
-    assert result.count(said) == 2  # above the figures, and below the table
+    cards = re.findall(r'card-value">([^<]*)<', html)
+    means = [f"{100 * row.success.mean:.1f}" for row in compared().rows]
+    assert cards == [f"{mean} %" for mean in means]
+    table = html[html.index('id="comparison-arms"') :]
+    assert all(f">{mean}<" in table for mean in means)
+    assert all(f">{task}</th>" in html for task in TASKS)
 
 
 def test_data_are_json_able(data):
-    assert json.loads(json.dumps(asdict(data)))["arms"][1]["name"] == "SF"
+    plain = json.loads(json.dumps(asdict(data)))
+    assert [card["name"] for card in plain["sections"][0]["cards"]] == ["base", "SF", "blind"]
 
 
 def test_names_and_notes_are_escaped(data):
-    odd = replace(data, title="<script>alert(1)</script>", notes=("a < b & c",))
+    first, *rest = data.sections
+    odd = replace(
+        data, title="<script>alert(1)</script>", sections=(replace(first, notes=("a < b & c",)), *rest)
+    )
     html = render(odd)
     assert "<script>alert" not in html
     assert "a &lt; b &amp; c" in html
 
 
-def test_empty_parts_are_left_out(data):
-    bare = [replace(a, evaluations=(), curves={}) for a in data.arms]
-    html = render(replace(data, arms=tuple(bare), probe=None, pca=(), videos=(), config={}, environment={}))
-    for section in ("evaluations", "losses", "probe", "features", "videos"):
-        assert f'id="{section}"' not in html
-
-
-def test_verdict_claims_no_more_than_the_intervals(data):
-    base, better, same = arm("base", 100, 250), arm("SF", 150, 250), arm("SF", 110, 250)
-    blind, seeing = arm("blind", 10, 250), arm("blind", 95, 250)
-    report = replace(data, arms=(base, better, blind))
-    shown, cameras = verdict(report)
-    assert "+20.0 points" in shown
-    assert "SF is better" in shown
-    assert "clearly use their cameras" in cameras
-    shown, cameras = verdict(replace(data, arms=(base, same, seeing)))
-    assert "includes zero" in shown
-    assert "do not show" in shown
-    assert "not clearly worse" in cameras
-    (shown,) = verdict(replace(data, arms=(arm("base", 150, 250), arm("SF", 100, 250)), blind=""))
-    assert "SF is worse" in shown
-
-
 def test_what_is_missing_is_named(data, tmp_path):
-    with pytest.raises(DataError, match="no arms"):
-        render(replace(data, arms=()))
-    with pytest.raises(DataError, match=r"no arm 'sf'; it has \['base', 'SF', 'blind'\]"):
-        render(replace(data, treated="sf"))
+    with pytest.raises(DataError, match="no section"):
+        render(replace(data, sections=()))
     with pytest.raises(DataError, match=r"clip\.mp4 is no existing"):
         Media.file(tmp_path / "clip.mp4", "")
-    with pytest.raises(DataError, match="arm 'x' has no evaluated episode"):
-        Arm.of("x", "", [])
 
 
 def test_a_failed_render_keeps_the_old_page(data, tmp_path):
     path = write_report(data, tmp_path / "report.html")
     before = path.read_bytes()
     with pytest.raises(DataError):
-        write_report(replace(data, arms=()), path)
+        write_report(replace(data, sections=()), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_final_success_is_that_of_the_last_step():
-    rows = [
-        EpisodeResult("reach", i, step == 2, 1, 0.0, 0.1, tags={"step": step})
-        for step in (1, 2)
-        for i in range(5)
-    ]
-    found = Arm.of("a", "", rows, [{"step": 1, "action_loss": 0.5}, {"step": 2, "cosine": 0.1}])
-    assert found.success.value == 1.0
-    assert [p.success.value for p in found.evaluations] == [0.0, 1.0]
-    assert found.curves["action_loss"].y == (0.5,)
-    assert set(found.curves) == {"action_loss", "cosine"}
+def test_losses_are_means_over_the_runs_of_an_arm():
+    runs = [[{"step": 1, "action_loss": v}, {"step": 2, "cosine": 0.1}] for v in (0.5, 0.7)]
+    section = training_section({"a": runs, "b": [[]]})
+    assert [figure.title for figure in section.figures] == ["Action loss"]
+    assert section.figures[0].legend == ((0, "a"),)
+    assert "[0.6]" in section.figures[0].svg
+    assert training_section({"a": [[]]}).figures == ()
 
 
 def test_pictures_are_lossless():
@@ -183,33 +145,33 @@ return {
 
 @pytest.mark.parametrize("width", [1280, 360])
 @pytest.mark.parametrize("dark", [False, True])
-def test_the_page_works_in_a_browser(page, data, width, dark):
+def test_the_page_works_in_a_browser(page, width, dark):
     found, seen = inspect(page, LOOK, width=width, dark=dark)
     assert seen.console == []
     assert seen.requests == []
-    assert len(found["charts"]) == 11
-    assert all(w > 250 and h > 100 and marks > 0 for w, h, marks in found["charts"])
+    assert len(found["charts"]) == CHARTS
+    assert all(w > 250 and h > 60 and marks > 0 for w, h, marks in found["charts"])
     assert found["texts"] >= 9  # pixels
     assert found["overflow"] <= 0
     assert found["pictures"]
     assert not found["hover"]["hidden"]
     assert "training step 1500" in found["hover"]["text"]
-    assert f"SF: {100 * data.arms[1].success.value:.1f} %" in found["hover"]["text"]
+    assert f"SF: {100 * compared().rows[1].success.mean:.1f} %" in found["hover"]["text"]
     assert "base:" in found["mark"]
     assert (found["before"], found["after"]) == (("dark", "light") if dark else ("light", "dark"))
     assert found["paper"] != found["afterPaper"]
 
 
-def test_tables_come_as_csv(page, data):
+def test_tables_come_as_csv(page):
     found, _ = inspect(page, LOOK)
-    (name, success), (_, probe) = found["downloads"]
-    assert name == "success.csv"
-    lines = success.removeprefix("data:text/csv;charset=utf-8,").splitlines()
-    assert lines[0].startswith("Task,base,base low,base high,base episodes,SF")
-    row = next(line for line in lines if line.startswith("push-v3")).split(",")
-    rate = data.arms[1].per_task["push-v3"]
-    assert [float(v) for v in row[5:9]] == pytest.approx([rate.value, rate.low, rate.high, 50])
-    assert len(probe.splitlines()) == 1 + len(data.probe.metrics)
+    tables = dict(found["downloads"])
+    lines = tables["comparison-arms.csv"].removeprefix("data:text/csv;charset=utf-8,").splitlines()
+    assert lines[0].startswith("arm,seeds,")
+    row = next(line for line in lines if line.startswith("SF,")).split(",")
+    spread = compared().rows[1].success
+    shown = [100 * v for v in (spread.mean, spread.low, spread.high)]
+    assert [float(v) for v in row[2:5]] == pytest.approx(shown, rel=1e-5)
+    assert len(tables["probe-readouts.csv"].splitlines()) == 1 + 5 * 3
 
 
 def test_the_browser_check_notices_errors_and_requests(tmp_path):

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from spatial_forcing.analysis.features import Frames
-from spatial_forcing.analysis.report import render
-from spatial_forcing.analysis.report_data import ReportData
+from spatial_forcing.analysis.report import ReportData, render
 from spatial_forcing.analysis.representation import (
     audit_curves,
     cka,
@@ -154,7 +153,7 @@ def test_the_page_of_a_run_holds_ranks_cka_maps_and_the_audit(rooms):
     assert {"all", "block0", "input"} <= set(audit_curves(audits)["cosine"])
     assert audit_section([{"step": 1, "loss": 0.3}]) is None
     sections = (audit_section(audits), representation_section(found, shown, frames))
-    page = render(ReportData("Analysis", "", (), sections=sections))
+    page = render(ReportData("Analysis", "", sections=sections))
     for text in ("Gradient audit", "Linear CKA", "t-SNE: teacher", "PCA: projected tokens", "effective rank"):
         assert text in page
     assert json.dumps(found.verdict)

@@ -11,7 +11,6 @@ from spatial_forcing.evaluation.results import (
     EvaluationResult,
     ResultsFile,
     read_results,
-    success_curve,
     success_table,
 )
 
@@ -63,19 +62,6 @@ def test_fields_of_a_later_version_are_ignored(tmp_path):
     row = json.loads(path.read_text())
     path.write_text(json.dumps(row | {"later": 1}) + "\n")
     assert read_results(path) == [episode()]
-
-
-def test_curve_groups_by_step_and_averages_tasks():
-    rows = [
-        *(episode("a", i, success=True, step=200) for i in range(4)),
-        *(episode("b", i, success=False, step=200) for i in range(2)),
-        *(episode("a", i, success=False, step=100) for i in range(4)),
-    ]
-    curve = success_curve(rows)
-    assert [(p.step, p.success.value) for p in curve] == [(100, 0.0), (200, 0.5)]
-    assert curve[1].per_task["b"].trials == 2
-    with pytest.raises(DataError, match="has no tag 'epoch'"):
-        success_curve(rows, "epoch")
 
 
 def test_table_has_every_task_arm_and_mean():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spatial_forcing.errors import DataError
-from spatial_forcing.evaluation.statistics import difference, macro_mean, wilson
+from spatial_forcing.evaluation.statistics import macro_mean, wilson
 
 counts = st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -47,17 +47,3 @@ def test_macro_mean_weighs_tasks_not_episodes():
     assert macro_mean([wilson(10, 10), wilson(0, 90)]).value == 0.5
     with pytest.raises(DataError, match="no task"):
         macro_mean([])
-
-
-def test_difference_is_newcombes_hybrid_score_interval():
-    # Newcombe 1998 (Statistics in Medicine 17:873), table II, method 10: 56/70 - 48/80.
-    value, low, high = difference(wilson(56, 70), wilson(48, 80))
-    assert (value, low, high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
-
-
-@given(counts, counts)
-@settings(max_examples=60, deadline=None)
-def test_difference_is_antisymmetric_and_in_range(a, b):
-    value, low, high = difference(wilson(*a), wilson(*b))
-    assert difference(wilson(*b), wilson(*a)) == pytest.approx((-value, -high, -low))
-    assert -1 <= low <= value <= high <= 1

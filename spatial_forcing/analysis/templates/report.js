@@ -97,19 +97,10 @@
     });
   }
 
-  // Tables as CSV; a cell's full values are in data-value, separated by semicolons.
+  // Tables as CSV; a cell's full value is in data-value.
   const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-  const parts = ["", " low", " high", " episodes"];
-  const csv = (table) => {
-    const rows = [...table.rows];
-    const widths = [...rows[0].cells].map((_, c) =>
-      Math.max(...rows.slice(1).map((row) => (row.cells[c].dataset.value ?? "").split(";").length)));
-    return rows.map((row, r) => [...row.cells].flatMap((cell, c) => {
-      if (r === 0) return Array.from({ length: widths[c] }, (_, k) => cell.textContent.trim() + parts[k]);
-      const values = (cell.dataset.value ?? cell.textContent.trim()).split(";");
-      return [...values, ...Array(widths[c] - values.length).fill("")];
-    }).map(quoted).join(",")).join("\n") + "\n";
-  };
+  const csv = (table) => [...table.rows].map((row) =>
+    [...row.cells].map((cell) => quoted(cell.dataset.value ?? cell.textContent.trim())).join(",")).join("\n") + "\n";
   for (const download of document.querySelectorAll("[data-csv]")) {
     download.addEventListener("click", () => {
       const link = document.createElement("a");

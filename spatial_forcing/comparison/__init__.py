@@ -1,7 +1,0 @@
-"""Matched comparisons: arms x training seeds on one dataset, and what they show. Start reading at `run`."""
-
-from spatial_forcing.comparison.arms import ARMS, ArmSpec, parse_arm
-from spatial_forcing.comparison.config import CompareConfig
-from spatial_forcing.comparison.run import compare
-
-__all__ = ["ARMS", "ArmSpec", "CompareConfig", "compare", "parse_arm"]

@@ -1,0 +1,378 @@
+"""The sections of the page of a comparison: figures and tables of what `statistics` found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from spatial_forcing.analysis.charts import Interval, Series, interval_chart, thinned
+from spatial_forcing.analysis.report import Card, Cell, Figure, Section, TableData
+from spatial_forcing.evaluation.paired import p_text
+from spatial_forcing.experiments.audits import AuditRow, whole
+from spatial_forcing.experiments.contrasts import Contrast
+from spatial_forcing.experiments.statistics import Comparison, HeldOut, Row, SuccessRow
+
+MOST_CARDS = 4
+LESS_DATA = "Arms on less data against the control on the most"
+CURVES = {
+    "action_loss": ("Action loss", "what the policy is trained for"),
+    "align_loss": ("Alignment loss", "1 - mean cosine between projected tokens and the teacher's features"),
+}
+
+
+def comparison_section(
+    found: Comparison, arms: Mapping[str, str] | None = None, notes: Sequence[str] = ()
+) -> Section:
+    """Success over training seeds, paired differences, curves, cost; `arms` are described in a line each."""
+    figures: list[Figure] = []
+    tables: list[TableData] = []
+    if found.rows:
+        label = _labels(found.rows)
+        figures.append(_success_figure(found.rows, label))
+        if found.contrasts:
+            title = "Paired differences"
+            figures.append(_contrast_figure(found.contrasts, found.rows, title, "difference of success"))
+        figures += _curve_figures(found.rows, "Success", "success", percent=True)
+        points = [
+            (row.arm, row.fraction, row.success.mean, row.success.low, row.success.high) for row in found.rows
+        ]
+        figures += _data_figures(points, "Success", "success", percent=True)
+        tables += [_arm_table(found, label), _task_table(found, label)]
+        if found.contrasts:
+            title = "Paired differences, in points"
+            tables.insert(1, _contrast_table("differences", title, found.contrasts, label))
+        if found.less_data:
+            tables.append(_contrast_table("less-data", f"{LESS_DATA}, points", found.less_data, label))
+    if found.held_out is not None:
+        figures += _error_figures(found.held_out)
+        tables += _error_tables(found.held_out)
+    if arms:
+        lines = tuple((Cell(name), Cell(text, words=True)) for name, text in arms.items())
+        tables.append(TableData("meaning", "What the arms are", ("arm", "what it is"), lines))
+    return Section(
+        key="comparison",
+        title="Comparison",
+        cards=_cards(found, arms or {}),
+        text=tuple(found.sentences()),
+        notes=tuple(notes),
+        figures=tuple(figures),
+        tables=tuple(tables),
+    )
+
+
+def gradient_sections(rows: Sequence[AuditRow], arms: Sequence[str] = ()) -> tuple[Section, ...]:
+    """The gradient audits of all arms; empty without any. `arms`: in the order of the other charts."""
+    if not rows:
+        return ()
+    label = _labels(rows)
+    parts = len({row.fraction for row in rows})
+    order = list(dict.fromkeys([*arms, *(row.arm for row in rows)]))
+    numbers = [order.index(row.arm) if parts == 1 else n for n, row in enumerate(whole(rows))]
+    kinds = {
+        "Cosine between the two gradients": ("cosine", [row.cosines for row in whole(rows)]),
+        "Norm: alignment over action": ("ratio", [row.ratios for row in whole(rows)]),
+    }
+    figures = []
+    for title, (y_label, curves) in kinds.items():
+        series = [
+            Series(label[row.arm, row.fraction], number, list(curve), list(curve.values()))
+            for number, row, curve in zip(numbers, whole(rows), curves, strict=True)
+        ]
+        figures.append(
+            Figure.lines(series, title, "mean over seeds", x_label="training step", y_label=y_label)
+        )
+    table = TableData(
+        "audit",
+        "By place of the student, means over training and seeds",
+        ("arm", "place", "seeds", "cosine", "norm ratio"),
+        tuple(
+            (Cell(label[r.arm, r.fraction]), Cell(r.place), Cell(str(r.seeds)),
+             Cell.number(r.cosine, "{:+.3f}"), Cell.number(r.ratio, "{:.2f}"))
+            for r in rows
+        ),
+    )  # fmt: skip
+    text = (
+        "Gradients of the alignment and the action loss over the weights that both reach; alpha is not "
+        "included. A cosine near 0: the losses neither help nor hinder each other directly. A ratio far from "
+        "that of another arm: the two differ in how hard the alignment pulls, too.",
+    )
+    section = Section("gradients", "Gradient audit", text=text, figures=tuple(figures), tables=(table,))
+    return (section,)
+
+
+def training_section(lines: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Section:
+    """Losses over training, mean over the runs of each arm.
+
+    Args:
+        lines: by arm, the metrics lines of its runs.
+    """
+    figures = []
+    for key, (title, explanation) in CURVES.items():
+        series, averaged = [], False
+        for number, (arm, runs) in enumerate(lines.items()):
+            curves = [{row["step"]: row[key] for row in run if key in row} for run in runs]
+            steps = sorted(set.intersection(*map(set, curves)))
+            if not steps:
+                continue
+            mean = [float(np.mean([curve[step] for curve in curves])) for step in steps]
+            (x, y, low, high), binned = thinned(steps, mean)
+            series.append(Series(arm, number, x, y, low if binned else None, high if binned else None))
+            averaged |= binned
+        if series:
+            note = "line: mean of consecutive steps, band: their extremes" if averaged else ""
+            text = "; ".join(filter(None, (explanation, note)))
+            figures.append(Figure.lines(series, title, text, x_label="training step", y_label=title.lower()))
+    return Section("losses", "Losses", figures=tuple(figures))
+
+
+def _cards(found: Comparison, arms: Mapping[str, str]) -> tuple[Card, ...]:
+    """Success of every arm on the most data; none where there are too many to be read."""
+    most = max((row.fraction for row in found.rows), default=1.0)
+    rows = [row for row in found.rows if row.fraction == most]
+    if len(rows) > MOST_CARDS:
+        return ()
+    number = _arm_numbers(found.rows)
+    return tuple(
+        Card(
+            number[row.arm, row.fraction],
+            row.arm,
+            f"{100 * s.mean:.1f} %",
+            f"95 % interval {100 * s.low:.1f} to {100 * s.high:.1f} %, over "
+            + (f"{s.seeds} training seeds" if s.seeds > 1 else f"{found.episodes} episodes"),
+            arms.get(row.arm, ""),
+        )
+        for row in rows
+        for s in (row.success,)
+    )
+
+
+def _labels(rows: Sequence[Row | AuditRow]) -> dict[tuple[str, float], str]:
+    several = len({row.fraction for row in rows}) > 1
+    return {
+        (row.arm, row.fraction): f"{row.arm}, {100 * row.fraction:g} % of data" if several else row.arm
+        for row in rows
+    }
+
+
+Labels = Mapping[tuple[str, float], str]
+
+
+def _arm_numbers(rows: Sequence[Row]) -> dict[tuple[str, float], int]:
+    """Colour and marker of every row: its arm's, whatever part of the data it had."""
+    arms = list(dict.fromkeys(row.arm for row in rows))
+    return {(row.arm, row.fraction): arms.index(row.arm) for row in rows}
+
+
+def _success_figure(rows: Sequence[SuccessRow], label: Labels) -> Figure:
+    number = _arm_numbers(rows)
+    marks = [
+        (
+            label[row.arm, row.fraction],
+            [
+                Interval(
+                    number[row.arm, row.fraction],
+                    row.success.mean,
+                    row.success.low,
+                    row.success.high,
+                    f"{label[row.arm, row.fraction]}: {100 * row.success.mean:.1f} %"
+                    + (
+                        f", standard deviation over {row.success.seeds} seeds {100 * row.success.sd:.1f} "
+                        "points"
+                        if row.success.seeds > 1
+                        else ""
+                    ),
+                )
+            ],
+        )
+        for row in rows
+    ]
+    title = "Success, mean over training seeds"
+    over = "seeds" if rows[0].success.seeds > 1 else "the episodes of one seed"
+    return Figure(
+        title,
+        interval_chart(marks, title=title, x_label="success", percent=True),
+        f"95 % intervals over {over}",
+    )
+
+
+def _contrast_figure(
+    contrasts: Sequence[Contrast],
+    rows: Sequence[Row],
+    title: str,
+    x_label: str,
+    text: str = "",
+) -> Figure:
+    number = _arm_numbers(rows)
+    several = len({row.fraction for row in rows}) > 1
+    marks = [
+        (
+            f"{c.arm} \u2212 {c.control}" + (f", {100 * c.fraction:g} %" if several else ""),
+            [
+                Interval(
+                    number[c.arm, c.fraction],
+                    c.difference.value,
+                    c.difference.low,
+                    c.difference.high,
+                    c.sentence(),
+                )
+            ],
+        )
+        for c in contrasts
+    ]
+    svg = interval_chart(marks, title=title, x_label=x_label, percent=True, signed=True)
+    over = "training seed" if contrasts[0].difference.seeds > 1 else "episode of one training seed"
+    return Figure(title, svg, f"{text}paired by {over}, 95 % intervals")
+
+
+def _curve_figures(rows: Sequence[Row], subject: str, y_label: str, *, percent: bool) -> list[Figure]:
+    """A line an arm over training, where it was measured more than once."""
+    if any(len(row.curve) < 2 for row in rows):
+        return []
+    label = _labels(rows)
+    series = [
+        Series(label[row.arm, row.fraction], number, list(row.curve), list(row.curve.values()))
+        for number, row in enumerate(rows)
+    ]
+    title = f"{subject} over training"
+    return [
+        Figure.lines(
+            series, title, "mean over seeds", x_label="training step", y_label=y_label, percent=percent
+        )
+    ]
+
+
+Point = tuple[str, float, float, float, float]
+"""Arm, part of the data, mean over seeds and its interval."""
+
+
+def _data_figures(points: Sequence[Point], subject: str, y_label: str, *, percent: bool) -> list[Figure]:
+    """A line an arm over the parts of the data, where there are several."""
+    if len({part for _, part, *_ in points}) < 2:
+        return []
+    series = []
+    for number, arm in enumerate(dict.fromkeys(arm for arm, *_ in points)):
+        parts, means, lows, highs = zip(*sorted(rest for name, *rest in points if name == arm), strict=True)
+        series.append(Series(arm, number, [100 * part for part in parts], means, lows, highs))
+    figure = Figure.lines(
+        series,
+        f"{subject} by amount of data",
+        "95 % intervals over seeds",
+        x_label="% of the demonstrations",
+        y_label=y_label,
+        percent=percent,
+        whiskers=True,
+    )
+    return [figure]
+
+
+def _arm_table(found: Comparison, label: Labels) -> TableData:
+    return TableData(
+        "arms",
+        "Arms",
+        ("arm", "seeds", "success, %", "low", "high", "sd over seeds", "each seed",
+         f"steps to {100 * found.threshold:.0f} %", "training, s", "peak memory, GiB", "one call, ms"),
+        tuple(
+            (
+                Cell(label[row.arm, row.fraction]),
+                Cell(str(row.success.seeds)),
+                *(Cell.number(100 * v, "{:.1f}") for v in
+                  (row.success.mean, row.success.low, row.success.high, row.success.sd)),
+                Cell(" ".join(f"{100 * v:.0f}" for v in row.per_seed.values())),
+                Cell(str(row.steps)),
+                Cell.number(row.seconds, "{:.0f}"),
+                Cell.number(row.peak_memory / 2**30, "{:.2f}"),
+                Cell.number(row.act_ms, "{:.1f}"),
+            )
+            for row in found.rows
+        ),
+    )  # fmt: skip
+
+
+def _contrast_table(name: str, title: str, contrasts: Sequence[Contrast], label: Labels) -> TableData:
+    return TableData(
+        name,
+        title,
+        ("arm", "minus", "difference", "low", "high", "p", "p (Holm)", "verdict"),
+        tuple(
+            (
+                Cell(label[c.arm, c.fraction]),
+                Cell(c.sides()[1]),
+                *(Cell.number(100 * v, "{:+.1f}") for v in
+                  (c.difference.value, c.difference.low, c.difference.high)),
+                *(Cell(p_text(p).removeprefix("= "), f"{p:.6g}") for p in (c.difference.p_value, c.p_holm)),
+                Cell(c.verdict),
+            )
+            for c in contrasts
+        ),
+    )  # fmt: skip
+
+
+def _task_table(found: Comparison, label: Labels) -> TableData:
+    tasks = sorted({task for row in found.rows for task in row.per_task})
+    return TableData(
+        "tasks",
+        "Success by task, %, mean over seeds",
+        ("arm", *tasks),
+        tuple(
+            (
+                Cell(label[row.arm, row.fraction]),
+                *(Cell.number(100 * row.per_task[t] if t in row.per_task else None, "{:.1f}") for t in tasks),
+            )
+            for row in found.rows
+        ),
+    )
+
+
+def _error_figures(found: HeldOut) -> list[Figure]:
+    title, x_label = "Held-out error against the controls", "difference, part of the control's error"
+    figures = []
+    if found.contrasts:
+        figures.append(_contrast_figure(found.contrasts, found.rows, title, x_label, "left is better; "))
+    subject, y_label = "Held-out error", "standard deviations"
+    figures += _curve_figures(found.rows, subject, y_label, percent=False)
+    points = [
+        (row.arm, row.fraction, row.mean, row.mean if row.low is None else row.low,
+         row.mean if row.high is None else row.high)
+        for row in found.rows
+    ]  # fmt: skip
+    return figures + _data_figures(points, subject, y_label, percent=False)
+
+
+def _error_tables(found: HeldOut) -> list[TableData]:
+    label = _labels(found.rows)
+    errors = TableData(
+        "held-out",
+        f"Error on {found.episodes} held-out episodes, in standard deviations of the actions",
+        (
+            "arm",
+            "seeds",
+            "error",
+            "low",
+            "high",
+            "each seed",
+            "training, s",
+            "peak memory, GiB",
+            "one call, ms",
+        ),
+        tuple(
+            (
+                Cell(label[row.arm, row.fraction]),
+                Cell(str(len(row.per_seed))),
+                *(Cell.number(v) for v in (row.mean, row.low, row.high)),
+                Cell(" ".join(f"{v:.3f}" for v in row.per_seed.values())),
+                Cell.number(row.seconds, "{:.0f}"),
+                Cell.number(row.peak_memory / 2**30, "{:.2f}"),
+                Cell.number(row.act_ms, "{:.1f}"),
+            )
+            for row in found.rows
+        ),
+    )
+    tables = [errors]
+    if found.contrasts:
+        title = "Paired differences of the held-out error, % of the control's"
+        tables.append(_contrast_table("held-out-differences", title, found.contrasts, label))
+    if found.less_data:
+        title = f"{LESS_DATA}, held-out error, % of the control's"
+        tables.append(_contrast_table("held-out-less-data", title, found.less_data, label))
+    return tables
