@@ -138,6 +138,11 @@ class Teacher(Protocol):
         ...
 
     @property
+    def projected(self) -> bool:
+        """Whether the delivered channels are coordinates in a basis instead of the model's own."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Hex digest that changes when weights, config or preprocessing change; caches are bound to it."""
         ...
@@ -186,4 +191,21 @@ class Env(Protocol):
 
     def close(self) -> None:
         """Free the renderer."""
+        ...
+
+
+class Expert(Protocol):
+    """A script that solves a task with knowledge of the simulator's state."""
+
+    def action(self, env: Any) -> NDArray[np.float32]:
+        """The next action in `env`, (action_dim,)."""
+        ...
+
+
+@runtime_checkable
+class ExpertEnv(Protocol):
+    """An `Env` that has a scripted expert, so that demonstrations can be recorded in it."""
+
+    def expert(self) -> Expert:
+        """A fresh expert for one episode."""
         ...

@@ -123,7 +123,7 @@ class FakeStudent(StudentModule):
 class FakeTeacher:
     """Features are a fixed random projection of each patch's mean colour, plus the mean of all views."""
 
-    name, licence, patch, fingerprint = "fake", "Apache-2.0", 4, "0" * 64
+    name, licence, patch, fingerprint, projected = "fake", "Apache-2.0", 4, "0" * 64, False
 
     def __init__(self, dim: int = 8, depth: int = 3, resolution: int = 20) -> None:
         self.dim, self.depth, self.resolution = dim, depth, resolution

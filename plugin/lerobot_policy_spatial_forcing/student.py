@@ -234,6 +234,11 @@ class LazyTeacher:
         assert self._settings.teacher_depth is not None
         return self._settings.teacher_depth
 
+    @property
+    def projected(self) -> bool:
+        """False: the plugin loads models, no caches."""
+        return False
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)

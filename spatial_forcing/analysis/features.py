@@ -114,10 +114,9 @@ def student_features(
             student.eval()
         for rows in frames.slices(batch_size):
             layout, views = _layout_and_views(student, frames.batch(rows))
-            tap.arm()
-            with torch.inference_mode():
+            with tap.armed() as states, torch.inference_mode():
                 student.act(frames.observations(rows), torch.Generator().manual_seed(0))
-            for k, hidden in tap.take().items():
+            for k, hidden in states.items():
                 tokens = gather_tokens(hidden, layout).unflatten(1, layout.index.shape[1:])
                 parts[k].append(on_frame(tokens.float(), layout, views).cpu())
             progress("student tokens", rows.stop, len(frames))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spatial_forcing.errors import CheckpointError, DataError, EnvironmentSetupError
+from spatial_forcing.forcing.extras.gate import GatedProjector
 from spatial_forcing.forcing.projector import Projector
 
 COLLAPSED_RANK = 0.1
@@ -152,8 +153,11 @@ def load_projector(checkpoint: Path) -> Projector | None:
             if "vlm_norm.running_mean" in state
             else "layer"
         )
-        gate = len(state["gate"]) if "gate" in state else 0
-        projector = Projector(student, dim, norm, gate)
+        projector = (
+            GatedProjector(student, dim, norm, len(state["gate"]))
+            if "gate" in state
+            else Projector(student, dim, norm)
+        )
         projector.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(

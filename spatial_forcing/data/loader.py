@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -135,7 +135,7 @@ class BatchLoader:
         self._require_finite(batch)
         return batch
 
-    def iterate(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    def iterate(self, start: int, stop: int) -> Generator[dict[str, Any]]:
         """Batches of steps `start` to `stop` - 1, made ahead in a background thread.
 
         An error of the thread is raised here, in its place in the sequence.

@@ -28,6 +28,7 @@ from spatial_forcing.data.info import INFO_FILE, DatasetInfo
 from spatial_forcing.data.writer import DatasetWriter
 from spatial_forcing.envs.base import DEMONSTRATION_SEEDS, expand_tasks, make_env, suite_of
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
+from spatial_forcing.protocols import ExpertEnv
 from spatial_forcing.storage import progress_bar, require_disk, write_json
 
 RECORDING_FILE = "meta/recording.json"
@@ -257,7 +258,7 @@ def _create(config: RecordConfig) -> DatasetWriter:
 
 def _make_env(config: RecordConfig, task: str) -> Any:
     env = make_env(task, cameras=config.views, image_size=config.image_size, horizon=config.horizon)
-    if not hasattr(env, "expert"):
+    if not isinstance(env, ExpertEnv):
         raise ConfigError(f"{task} has no scripted expert; record Meta-World tasks, or write the dataset.")
     return env
 

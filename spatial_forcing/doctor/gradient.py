@@ -25,7 +25,7 @@ class StandIn:
     """
 
     name, licence, patch, depth, fingerprint = "stand-in", "Apache-2.0", 14, 1, "0" * 64
-    resolution = 14 * 16
+    resolution, projected = 14 * 16, False
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -67,15 +67,13 @@ def see_tap(student: Any, batch: Mapping[str, Any], layer: int, length: int) -> 
         calls[0] += 1
 
     handle = (blocks[layer] if layer < len(blocks) else blocks[-1]).register_forward_pre_hook(count)
-    tap.arm()
     try:
-        with torch.no_grad(), seeded():
+        with tap.armed() as states, torch.no_grad(), seeded():
             student(batch)
     finally:
-        tap.disarm()
         tap.detach()
         handle.remove()
-    shape = tap.take()[layer].shape
+    shape = states[layer].shape
     if shape[1] != length:
         raise ConfigError(
             f"the sequence has {length} tokens at the first decoder block, but {shape[1]} after {layer} "
@@ -149,14 +147,12 @@ def _action_gradient(forcing: SpatialForcing, batch: Mapping[str, Any], layer: i
     """Norm of the action loss' gradient at the aligned tokens of the state after `layer` blocks."""
     student: Any = forcing.student
     tap = Tap(list(student.blocks), [layer], student.final_norm)
-    tap.arm()
     try:
-        with seeded():
+        with tap.armed() as states, seeded():
             loss, _ = student(batch)
     finally:
-        tap.disarm()
         tap.detach()
-    state = tap.take()[layer]
+    state = states[layer]
     if not state.requires_grad or not loss.requires_grad:
         return 0.0
     (gradient,) = torch.autograd.grad(loss, [state], materialize_grads=True)

@@ -5,12 +5,13 @@ Read in this order: `loss`, `projector`, `target`, `layout`, `tap`, `module`.
 
 from spatial_forcing.alignment import TokenLayout
 from spatial_forcing.forcing.adapter import Alignable, ModuleStudent, as_student
+from spatial_forcing.forcing.audit import gradient_audit
 from spatial_forcing.forcing.config import ForcingConfig, resolve_pairs
-from spatial_forcing.forcing.distributed import shard
 from spatial_forcing.forcing.layout import layout_from_input_ids, layout_from_offset, tokens_valid
 from spatial_forcing.forcing.module import SpatialForcing
 from spatial_forcing.forcing.projector import Projector
 from spatial_forcing.forcing.schedule import AlphaSchedule
+from spatial_forcing.forcing.sharding import shard
 
 __all__ = [
     "Alignable",
@@ -21,6 +22,7 @@ __all__ = [
     "SpatialForcing",
     "TokenLayout",
     "as_student",
+    "gradient_audit",
     "layout_from_input_ids",
     "layout_from_offset",
     "resolve_pairs",

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spatial_forcing.errors import ConfigError
+from spatial_forcing.forcing.distributed import is_sharded
+from spatial_forcing.forcing.module import SpatialForcing
 from spatial_forcing.protocols import Batch
-
-if TYPE_CHECKING:
-    from spatial_forcing.forcing.module import SpatialForcing
 
 Gradients = Sequence[tuple[Tensor, Tensor]]
 
@@ -31,8 +29,13 @@ def gradient_audit(forcing: SpatialForcing, batch: Batch) -> dict[str, float]:
     checkpointing, which has no gradients of this kind.
 
     Raises:
-        ConfigError: the alignment is not active.
+        ConfigError: the alignment is off (alpha is 0 throughout), or FSDP holds the parameters.
     """
+    if is_sharded(forcing):
+        raise ConfigError(
+            "gradient_audit needs whole gradients, but FSDP shards this module; audit a checkpoint in one "
+            "process (`spatial-forcing analyse`)."
+        )
     if not forcing.active:
         raise ConfigError("gradient_audit needs the alignment loss, but alpha is 0 throughout this run.")
     modes = [(module, module.training) for module in forcing.modules()]
@@ -43,28 +46,22 @@ def gradient_audit(forcing: SpatialForcing, batch: Batch) -> dict[str, float]:
     finally:
         for module, training in modes:
             module.training = training
-    named = _places(forcing)
+    places_of = {id(p): f"block{k}" for k, block in enumerate(forcing.blocks) for p in block.parameters()}
     parameters = [p for p in forcing.student.parameters() if p.requires_grad]
     action = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     align = torch.autograd.grad(align_loss, parameters, allow_unused=True)
     places: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for parameter, a, b in zip(parameters, action, align, strict=True):
         if a is not None and b is not None:
-            places.setdefault(named.get(id(parameter), "input"), []).append((a.flatten(), b.flatten()))
+            places.setdefault(places_of.get(id(parameter), "input"), []).append((a.flatten(), b.flatten()))
     both = [pair for pairs in places.values() for pair in pairs]
     cosine, action_norm, align_norm = _compare(both)
-    found = {"cosine": cosine, "action_norm": action_norm, "align_norm": align_norm}
-    found["ratio"] = align_norm / max(action_norm, 1e-30)
+    audit = {"cosine": cosine, "action_norm": action_norm, "align_norm": align_norm}
+    audit["ratio"] = align_norm / max(action_norm, 1e-30)
     for place, pairs in sorted(places.items()):
         cosine, action_norm, align_norm = _compare(pairs)
-        found |= {f"cosine/{place}": cosine, f"ratio/{place}": align_norm / max(action_norm, 1e-30)}
-    return found
-
-
-def _places(forcing: SpatialForcing) -> dict[int, str]:
-    """The block of each parameter, by its identity."""
-    blocks = forcing._alignable.blocks
-    return {id(p): f"block{k}" for k, block in enumerate(blocks) for p in block.parameters()}
+        audit |= {f"cosine/{place}": cosine, f"ratio/{place}": align_norm / max(action_norm, 1e-30)}
+    return audit
 
 
 def _compare(pairs: Gradients) -> tuple[float, float, float]:

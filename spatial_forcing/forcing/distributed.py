@@ -1,68 +1,34 @@
-"""SpatialForcing on several processes: what a sample counts in the global mean, and shards of FSDP.
-
-    shard(forcing)                                  # before the optimizer is made
-    optimizer = AdamW(forcing.parameters())
-    loss, metrics = forcing(batch)                  # as without it
-
-The teacher is no module of `forcing`, so every process holds all of it and no shard knows of it. The loss
-needs nothing else: FSDP shards parameters, not activations, so the tap reads whole states.
-"""
+"""What several processes share: sums over ranks, the weight of a sample in the mean, gathered shards."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spatial_forcing.errors import ConfigError, LayoutError
-from spatial_forcing.forcing.loss import sum_over_ranks, world_size
+from spatial_forcing.errors import LayoutError
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import DTensor
-
-    from spatial_forcing.forcing.module import SpatialForcing
 
 
 MAX_EMPTY_STEPS = 100
 """Consecutive training steps without any valid token after which training stops."""
 
 
-def shard(
-    forcing: SpatialForcing, mp_policy: MixedPrecisionPolicy | None = None, **options: Any
-) -> SpatialForcing:
-    """Shard student and projector over all processes with FSDP2, in place.
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-    Each decoder block is a unit, the rest of the student is one, and the projector is in the outermost one,
-    which has no mixed precision: the projector computes in float32, and the teacher's images are not cast.
 
-    Args:
-        forcing: on its device already; attach LoRA and compile blocks before.
-        mp_policy: mixed precision of the student; default none.
-        options: of `fully_shard` for every unit: `mesh`, `reshard_after_forward`, `offload_policy`.
-
-    Returns:
-        `forcing`, whose parameters are `DTensor`s now; make the optimizer from them. Whole weights:
-        `torch.distributed.checkpoint.state_dict.get_model_state_dict(forcing.export(), options=...)` and
-        `forcing.projector_state_dict()`, both called on every process.
-
-    Raises:
-        ConfigError: there is no process group, or `forcing` is sharded already.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ConfigError("shard needs a process group; start with torchrun and call init_process_group.")
-    if is_sharded(forcing):
-        raise ConfigError("this SpatialForcing is sharded already; call shard once, on the plain module.")
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    policy = mp_policy or MixedPrecisionPolicy()
-    for block in forcing._alignable.blocks:
-        fully_shard(block, mp_policy=policy, **options)
-    fully_shard(forcing.student, mp_policy=policy, **options)
-    fully_shard(forcing, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
-    return forcing
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of `value` over all processes; every process must call it."""
+    if world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
 
 
 class SampleWeights:

@@ -6,7 +6,6 @@ Shapes: B batch, N tokens, C channels.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,16 +40,3 @@ def alignment_loss(projected: Tensor, target: Tensor, valid: Tensor, weight: flo
     if weight is None:
         weight = 1 / max(int(has_any.sum()), 1)
     return (has_any.float() - sample_cosines(projected, target, valid)).sum() * weight
-
-
-def world_size() -> int:
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of `value` over all processes; every process must call it."""
-    if world_size() > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-    return value

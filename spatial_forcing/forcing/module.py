@@ -4,16 +4,16 @@
     loss, metrics = sf(batch)                  # L = L_action + alpha * L_align
     policy = sf.export()                       # the bare student; nothing of this package is left in it
 
-It is the one module that DDP or FSDP (see `distributed`) wraps, so that both losses pass its gradient
+It is the one module that DDP or FSDP (see `sharding`) wraps, so that both losses pass its gradient
 synchronisation. The teacher is reached by a reference outside the module tree.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,22 @@ from torch import Tensor, nn
 from spatial_forcing.alignment import Alignment, TokenLayout
 from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.forcing.adapter import Alignable, ModuleStudent
-from spatial_forcing.forcing.audit import gradient_audit
 from spatial_forcing.forcing.config import ForcingConfig, resolve_pairs
-from spatial_forcing.forcing.distributed import SampleWeights, gather, is_sharded, shard_like
+from spatial_forcing.forcing.distributed import SampleWeights, gather, shard_like
 from spatial_forcing.forcing.extras.cell_mean import CellMean
+from spatial_forcing.forcing.extras.gate import GatedProjector
 from spatial_forcing.forcing.extras.standardise import Standardiser
+from spatial_forcing.forcing.extras.widths import narrowed
 from spatial_forcing.forcing.layout import check_layout, gather_tokens, shifted
 from spatial_forcing.forcing.loss import alignment_loss, sample_cosines
 from spatial_forcing.forcing.projector import Projector
 from spatial_forcing.forcing.tap import Tap, check_trainable, width_of
 from spatial_forcing.forcing.target import make_targets, token_validity
+from spatial_forcing.forcing.teacher_ref import TeacherRef
 from spatial_forcing.protocols import Batch, Metrics, Teacher
+
+Project = Callable[[Tensor, Tensor], Tensor]
+"""(student tokens (B, N, D), valid (B, N)) -> teacher channels (B, N, C)."""
 
 
 class SpatialForcing(nn.Module):
@@ -91,28 +96,42 @@ class SpatialForcing(nn.Module):
                 f"{type(self.student).__name__} does not say what is aligned: it needs `blocks`, "
                 "`final_norm` and `alignment(batch)`. Wrap the model with `as_student`."
             )
-        student, config = self._alignable, self.config
-        blocks = list(student.blocks)
-        self.pairs = resolve_pairs(config.pairs, len(blocks), teacher.depth)
-        self._tap = Tap(blocks, [k for k, _ in self.pairs], student.final_norm)
+        config, final_norm = self.config, self._alignable.final_norm
+        self.pairs = resolve_pairs(config.pairs, len(self.blocks), teacher.depth)
+        self._tap = Tap(self.blocks, [k for k, _ in self.pairs], final_norm)
         self._layers = tuple(dict.fromkeys(layer for _, layer in self.pairs))
-        width = student_dim or width_of(blocks, student.final_norm)
-        device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
-        gate = len(self._tap.depths) if config.gate else 0
-        count = len(self.pairs) if config.projectors == "independent" else 1
-        made = [Projector(width, teacher.dim, config.norm, gate).to(device) for _ in range(count)]
-        self.projector = nn.ModuleList(made) if config.projectors == "independent" else made[0]
+        width = student_dim or width_of(self.blocks, final_norm)
+        if config.gate:
+            self.projector = GatedProjector(width, teacher.dim, config.norm, len(self._tap.depths))
+        elif config.projectors == "independent":
+            self.projector = nn.ModuleList(Projector(width, teacher.dim, config.norm) for _ in self.pairs)
+        else:
+            self.projector = Projector(width, teacher.dim, config.norm)
         if config.subtract_cell_mean:
-            self.cell_mean = CellMean(len(self._layers)).to(device)
+            self.cell_mean = CellMean(len(self._layers))
         if config.standardise:
-            if getattr(teacher, "projected", False):
+            if teacher.projected:
                 raise ConfigError(
                     f"forcing.standardise would rescale the cached coordinates of {teacher.name!r}, not its "
                     "channels; set it to false and build the cache with standardise instead."
                 )
-            self.standardiser = Standardiser(len(self._layers), teacher.dim).to(device)
+            self.standardiser = Standardiser(len(self._layers), teacher.dim)
+        device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
+        for own in (self.projector, self.cell_mean, self.standardiser):
+            if own is not None:
+                own.to(device)
 
     # ---- what the training loop uses
+
+    @property
+    def policy(self) -> nn.Module:
+        """The bare student (the wrapped model itself after `as_student`); see `export`."""
+        return self.student.model if isinstance(self.student, ModuleStudent) else self.student
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The student's decoder blocks, in order."""
+        return list(self._alignable.blocks)
 
     @property
     def active(self) -> bool:
@@ -190,13 +209,9 @@ class SpatialForcing(nn.Module):
         ready = self._announced.pop(0) if self._announced and self.training else None
         if ready is None or not _same(ready.batch, batch):
             ready = self._prepare(batch)
-        self._tap.attach()
-        self._tap.arm()
-        try:
+        with self._tap.armed() as states:
             loss, metrics = self.student(batch, ready.alignment)
-        finally:
-            self._tap.disarm()
-        align_loss, own = self._align(self._tap.take(), ready)
+        align_loss, own = self._align(states, ready)
         return loss, align_loss, {**metrics, "action_loss": loss.detach(), **own}
 
     def aligned_tokens(self, batch: Batch) -> Tensor:
@@ -206,13 +221,13 @@ class SpatialForcing(nn.Module):
     # ---- what is kept, and what is handed on
 
     def export(self) -> nn.Module:
-        """The bare student (the wrapped model itself after `as_student`), without a trace of the alignment.
+        """Remove the taps and return `policy`, on which no trace of the alignment is left.
 
-        Training may go on afterwards, unless the student is compiled.
+        Training may go on afterwards (the taps come back), unless the student is compiled.
         """
         if self.active:
             self._tap.detach()
-        return self.student.model if isinstance(self.student, ModuleStudent) else self.student
+        return self.policy
 
     def projector_state_dict(self) -> dict[str, Tensor]:
         """Everything trained or counted that is not the student (projector, gate, moments); may be empty.
@@ -242,19 +257,6 @@ class SpatialForcing(nn.Module):
         held = self.state_dict()
         self.load_state_dict({k: shard_like(v, held[k]) for k, v in state.items()}, strict=False)
 
-    def gradient_audit(self, batch: Batch) -> dict[str, float]:
-        """Do the two losses pull the student the same way? See `audit.gradient_audit`.
-
-        Raises:
-            ConfigError: the alignment is off, or FSDP holds the parameters.
-        """
-        if is_sharded(self):
-            raise ConfigError(
-                "gradient_audit needs whole gradients, but FSDP shards this module; audit a checkpoint in "
-                "one process (`spatial-forcing analyse`)."
-            )
-        return gradient_audit(self, batch)
-
     # ---- inside
 
     @property
@@ -274,20 +276,20 @@ class SpatialForcing(nn.Module):
         return _Prepared(batch, alignment, layout, valid)
 
     @torch.compiler.disable
-    def _align(self, captured: Mapping[int, Tensor], ready: _Prepared) -> tuple[Tensor, Metrics]:
+    def _align(self, states: Mapping[int, Tensor], ready: _Prepared) -> tuple[Tensor, Metrics]:
         """The alignment loss from captured states; scaled for ranks and micro-batches, not by alpha."""
         samples = ready.samples
         count = int(samples.sum())
         # Ranks may evaluate different numbers of batches: they never wait for each other there.
-        device = next(iter(captured.values())).device
+        device = next(iter(states.values())).device
         weight = self._weights.next(count, device) if self.training else 1 / max(count, 1)
-        hidden = {k: self._tokens(k, state, ready.layout) for k, state in captured.items()}
+        hidden = {k: self._tokens(k, state, ready.layout) for k, state in states.items()}
         targets = dict(zip(self._layers, self._targets(ready), strict=True))
         mask = ready.valid.flatten(1)
         losses, metrics = [], {}
-        for name, projector, state, layer, width in self._aligned(hidden):
+        for name, project, state, layer in self._compared(hidden):
             on_device = mask.to(state.device)
-            projected = projector(state, on_device, width)
+            projected = project(state, on_device)
             target = targets[layer].flatten(1, 3).to(state.device)
             losses.append(alignment_loss(projected, target, on_device, weight))
             cosines = sample_cosines(projected.detach(), target, on_device)
@@ -298,20 +300,21 @@ class SpatialForcing(nn.Module):
         metrics["samples_without_tokens"] = (~samples).sum().float()
         return align_loss, metrics
 
-    def _aligned(self, hidden: Mapping[int, Tensor]) -> Iterator[tuple[str, Projector, Tensor, int, float]]:
-        """What is compared: name, projector, states (B, N, D), teacher layer, width of the projector."""
-        if self.config.gate:
-            projector, layer = cast(Projector, self.projector), self._layers[0]
-            yield f"teacher{layer}", projector, projector.mix(list(hidden.values())), layer, 1.0
+    def _compared(self, hidden: Mapping[int, Tensor]) -> Iterator[tuple[str, Project, Tensor, int]]:
+        """What is compared: name, projector, states (B, N, D), teacher layer."""
+        if isinstance(self.projector, GatedProjector):
+            layer = self._layers[0]
+            yield f"teacher{layer}", self.projector, self.projector.mix(list(hidden.values())), layer
             return
-        widths = self.config.widths or (1.0,) * len(self.pairs)
-        for i, ((k, layer), width) in enumerate(zip(self.pairs, widths, strict=True)):
+        for i, (k, layer) in enumerate(self.pairs):
             own = self.projector[i] if isinstance(self.projector, nn.ModuleList) else self.projector
-            yield f"block{k}_teacher{layer}", cast(Projector, own), hidden[k], layer, width
+            projector = cast(Projector, own)
+            project = narrowed(projector, self.config.widths[i]) if self.config.widths else projector
+            yield f"block{k}_teacher{layer}", project, hidden[k], layer
 
     def _tokens(self, k: int, state: Tensor, layout: TokenLayout) -> Tensor:
         if torch.is_grad_enabled() and not self._trainable_checked:
-            check_trainable(state, k, list(self._alignable.blocks))
+            check_trainable(state, k, self.blocks)
             self._trainable_checked = k == self._tap.depths[-1]
         return gather_tokens(state, layout)
 
@@ -372,26 +375,3 @@ def _same(one: Batch, other: Batch) -> bool:
         return True
     tensors = [key for key, value in other.items() if isinstance(value, Tensor)]
     return bool(tensors) and all(one.get(key) is other[key] for key in tensors)
-
-
-class TeacherRef:
-    """Holds the teacher where `nn.Module` does not look: not saved, not trained, not copied, not pickled."""
-
-    def __init__(self, teacher: Teacher | None = None) -> None:
-        self._teacher = teacher
-        self._device: torch.device | None = None
-
-    def on(self, device: torch.device) -> Teacher:
-        """The teacher on `device`. Raises `ConfigError` after unpickling: it is never pickled."""
-        if self._teacher is None:
-            raise ConfigError("the teacher is not there (it is never pickled); build SpatialForcing anew.")
-        if self._device != device:
-            self._teacher.to(device)
-            self._device = device
-        return self._teacher
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
-
-    def __reduce__(self) -> tuple[type[TeacherRef], tuple[()]]:
-        return type(self), ()

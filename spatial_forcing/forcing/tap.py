@@ -5,14 +5,15 @@ The state after k blocks is what enters block k. It is read by a pre-hook on tha
 by one and never the block itself. Blocks without it are hooked themselves. The state after all blocks is
 what enters the final norm, or, where there is none, what leaves the last block.
 
-Hooks stay in place between forwards but do nothing unless armed, and keep the first capture only:
-activation checkpointing runs a block (and so the hook) again during backward, and what the hook sees in
+Hooks stay in place between forwards. They do nothing unless the tap is armed, and keep the first capture
+only: activation checkpointing runs a block (and so the hook) again during backward, and what the hook sees in
 that second run is not part of the graph that the loss was computed on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,8 +39,7 @@ class Tap:
         self, blocks: Sequence[nn.Module], depths: Sequence[int], final_norm: nn.Module | None
     ) -> None:
         self.depths = tuple(dict.fromkeys(depths))
-        self.captured: dict[int, Tensor] = {}
-        self.armed = False
+        self._captured: dict[int, Tensor] | None = None
         self._blocks = list(blocks)
         self._final_norm = final_norm
         self._handles: list[RemovableHandle] = []
@@ -48,8 +48,6 @@ class Tap:
     def attach(self) -> None:
         """Put the hooks in place; nothing happens if they are."""
         if not self._handles:
-            # Blocks compiled one by one share code; by default it ignores that only some of them have a hook.
-            torch._dynamo.config.skip_nnmodule_hook_guards = False
             self._handles = [self._hook(k) for k in self.depths]
 
     def detach(self) -> None:
@@ -58,35 +56,48 @@ class Tap:
             handle.remove()
         self._handles = []
 
-    def arm(self) -> None:
-        """Start a forward: forget earlier captures and take the next ones."""
-        self.captured = {}
-        self.armed = True
+    @contextmanager
+    def armed(self) -> Iterator[dict[int, Tensor]]:
+        """One forward of the student. The states by depth, (B, L, D) each, are in the dictionary when it
+        ends.
 
-    def disarm(self) -> None:
-        """End a forward: later calls of the blocks (recomputation, inference) are ignored."""
-        self.armed = False
-
-    def take(self) -> dict[int, Tensor]:
-        """The captured states by depth, each (B, L, D), and forget them.
+        The first call of each block counts; later ones (recomputation, inference) are ignored.
 
         Raises:
             ConfigError: a hook never fired, or captured something that is no hidden state.
         """
-        captured, self.captured = self.captured, {}
-        for k in self.depths:
-            if k not in captured:
-                raise ConfigError(
-                    f"the tap after {k} blocks never fired: {self.site(k)} was not called in the student's "
-                    "forward. Check that `blocks` lists the modules that really run, in order, and attach "
-                    "SpatialForcing before the student is compiled or run."
-                )
-            if captured[k].ndim != 3:
-                raise ConfigError(
-                    f"the tap after {k} blocks read a tensor of shape {tuple(captured[k].shape)}; expected "
-                    "(batch, sequence, width). Pass the decoder's blocks as `blocks`."
-                )
-        return {k: captured[k] for k in self.depths}
+        self.attach()
+        states: dict[int, Tensor] = {}
+        captured: dict[int, Tensor] = {}
+        self._captured = captured
+        try:
+            # Blocks compiled one by one share code; by default it ignores that only some of them have a hook.
+            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+                yield states
+        finally:
+            self._captured = None
+        states.update({k: self._checked(k, captured) for k in self.depths})
+
+    def capture(self, depth: int, value: Any) -> None:
+        """What a hook calls with the state that it sees."""
+        if self._captured is not None and depth not in self._captured:
+            self._captured[depth] = _tensor(value, depth)
+
+    def _checked(self, k: int, captured: Mapping[int, Tensor]) -> Tensor:
+        if k not in captured:
+            raise ConfigError(
+                f"the tap after {k} blocks never fired: {self.site(k)} was not called in the student's "
+                "forward. "
+                "Check that `blocks` lists the modules that really run, in order, and attach SpatialForcing "
+                "before the student is compiled or run."
+            )
+        if captured[k].ndim != 3:
+            raise ConfigError(
+                f"the tap after {k} blocks read a tensor of shape {tuple(captured[k].shape)}; expected "
+                "(batch, "
+                "sequence, width). Pass the decoder's blocks as `blocks`."
+            )
+        return captured[k]
 
     def site(self, k: int) -> str:
         """The place of the tap after `k` blocks in words, for messages."""
@@ -120,8 +131,7 @@ class _InputHook:
         self.tap, self.depth = tap, depth
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self.tap.armed and self.depth not in self.tap.captured:
-            self.tap.captured[self.depth] = _tensor(entering(args, kwargs), self.depth)
+        self.tap.capture(self.depth, entering(args, kwargs))
 
 
 class _OutputHook:
@@ -131,8 +141,7 @@ class _OutputHook:
         self.tap, self.depth = tap, depth
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.tap.armed and self.depth not in self.tap.captured:
-            self.tap.captured[self.depth] = _tensor(output, self.depth)
+        self.tap.capture(self.depth, output)
 
 
 def _tensor(value: Any, depth: int) -> Tensor:
@@ -140,7 +149,7 @@ def _tensor(value: Any, depth: int) -> Tensor:
         value = value[0]
     if not isinstance(value, Tensor):
         raise ConfigError(
-            f"the tap after {depth} blocks found {type(value).__name__} where the hidden state was expected; "
+            f"the tap after {depth} blocks read {type(value).__name__} where the hidden state was expected; "
             "a block must take it as its first argument and return it first."
         )
     return value

@@ -45,6 +45,8 @@ class FrozenTeacher(ABC):
         ConfigError: the resolution is not a multiple of the patch size, unknown framing, no memory.
     """
 
+    projected = False
+
     def __init__(
         self,
         model: nn.Module,

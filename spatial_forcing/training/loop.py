@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from itertools import islice
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spatial_forcing.errors import CheckpointError, ConfigError, EnvironmentSetupError
-from spatial_forcing.forcing import SpatialForcing
+from spatial_forcing.forcing import SpatialForcing, gradient_audit
 from spatial_forcing.forcing.distributed import gather
 from spatial_forcing.protocols import Batch
 from spatial_forcing.storage import replace_file, require_disk
@@ -130,7 +130,7 @@ class Trainer:
     @property
     def _policy(self) -> Any:
         """The bare student, which can `save_pretrained` and `from_pretrained`."""
-        return self.forcing.export()
+        return self.forcing.policy
 
     def run(self, on_checkpoint: OnCheckpoint | None = None) -> RunResult:
         """Resume, train to the last step, export."""
@@ -211,15 +211,11 @@ class Trainer:
         )
         return self._on_device(batches)
 
-    def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _on_device(self, batches: Generator[Batch]) -> Iterator[Batch]:
         device = self.accelerator.device
-        try:
+        with closing(batches):  # ends a prefetching thread at once
             for batch in batches:
                 yield batch if device.type == "cpu" else send_to_device(batch, device, non_blocking=True)
-        finally:
-            close = getattr(batches, "close", None)
-            if close is not None:  # ends a prefetching thread at once
-                close()
 
     def _train_step(self, window: list[Batch]) -> None:
         self.forcing.set_progress(self.step, self.config.steps)
@@ -277,8 +273,8 @@ class Trainer:
         if every is None or self.step % every or not self.forcing.active or self.forcing.alpha == 0:
             return {}
         few = {key: value[:AUDIT_SAMPLES] for key, value in self.audited.items()}
-        found = self.forcing.gradient_audit(few)
-        return {f"audit/{k if '/' in k else k + '/all'}": v for k, v in found.items() if math.isfinite(v)}
+        audit = gradient_audit(self.forcing, few)
+        return {f"audit/{k if '/' in k else k + '/all'}": v for k, v in audit.items() if math.isfinite(v)}
 
     # ---- checkpoints
 

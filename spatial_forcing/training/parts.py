@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,7 +34,7 @@ class Batches(Protocol):
         """This process's part of micro-batch `step`, counted from 0 over the whole run."""
         ...
 
-    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+    def iterate(self, start: int, stop: int) -> Generator[Batch]:
         """Micro-batches `start` to `stop` - 1, possibly read ahead; closing it ends the reading."""
         ...
 

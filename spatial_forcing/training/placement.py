@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spatial_forcing.forcing import SpatialForcing
-from spatial_forcing.forcing.distributed import shard
+from spatial_forcing.forcing.sharding import shard
 
 
 class Placement(Protocol):
@@ -40,7 +40,7 @@ class Replicated:
     @contextmanager
     def policy(self) -> Iterator[Any]:
         """See `Placement`."""
-        yield self._forcing.export()
+        yield self._forcing.policy
 
     def optimizer_state(self, optimizer: Optimizer) -> Mapping[str, Any]:
         """See `Placement`."""
@@ -70,7 +70,7 @@ class Sharded:
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
         options = _whole(cpu_offload=True)
-        state = cast(dict[str, Tensor], get_model_state_dict(self._forcing.export(), options=options))
+        state = cast(dict[str, Tensor], get_model_state_dict(self._forcing.policy, options=options))
         if self._hull is None:
             yield None
             return

@@ -23,7 +23,7 @@ from spatial_forcing.analysis.representation import (
 )
 from spatial_forcing.analysis.run_page import audit_section, represent, representation_section
 from spatial_forcing.errors import CheckpointError, DataError
-from spatial_forcing.forcing import ForcingConfig, SpatialForcing
+from spatial_forcing.forcing import ForcingConfig, SpatialForcing, gradient_audit
 from tests.analysis.rooms import SeeingStudent, write_rooms
 from tests.fakes import FakeTeacher, fake_batch
 
@@ -146,8 +146,8 @@ def test_the_page_of_a_run_holds_ranks_cka_maps_and_the_audit(rooms):
     audits = [
         {"step": s} | {f"audit/{k if '/' in k else k + '/all'}": v for k, v in found_at.items()}
         for s, found_at in (
-            (10, forcing.gradient_audit(fake_batch())),
-            (20, forcing.gradient_audit(fake_batch(seed=1))),
+            (10, gradient_audit(forcing, fake_batch())),
+            (20, gradient_audit(forcing, fake_batch(seed=1))),
         )
     ]
     assert {"all", "block0", "input"} <= set(audit_curves(audits)["cosine"])

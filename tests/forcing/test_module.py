@@ -13,7 +13,8 @@ from torch import nn
 
 from spatial_forcing import ForcingConfig, SpatialForcing, as_student
 from spatial_forcing.errors import CheckpointError, ConfigError, DataError, LayoutError
-from spatial_forcing.forcing import AlphaSchedule, Projector, TokenLayout, distributed
+from spatial_forcing.forcing import AlphaSchedule, Projector, TokenLayout, distributed, gradient_audit
+from spatial_forcing.forcing.extras.gate import GatedProjector
 from tests.fakes import CAMERAS, FakeStudent, FakeTeacher, fake_batch
 
 
@@ -91,7 +92,7 @@ def test_creating_a_projector_leaves_the_random_stream_alone(norm):
     torch.manual_seed(3)
     expected = torch.rand(5)
     torch.manual_seed(3)
-    projector = Projector(8, 8, norm, gate=2)
+    projector = GatedProjector(8, 8, norm, 2)
     assert torch.equal(torch.rand(5), expected)
     bound = math.sqrt(6 / 16)  # Xavier uniform
     assert 0.8 * bound < projector.fc1.weight.abs().max() <= bound
@@ -485,7 +486,7 @@ class TestCellMean:
 class TestGradientAudit:
     def test_compares_both_losses_where_both_reach(self):
         forcing = build()
-        audit = forcing.gradient_audit(fake_batch())
+        audit = gradient_audit(forcing, fake_batch())
         tapped = forcing.eval()
         loss, _ = tapped(fake_batch())
         assert all(p.grad is None for p in forcing.parameters())
@@ -504,14 +505,14 @@ class TestGradientAudit:
     def test_leaves_modes_and_moments_alone(self):
         forcing = build(standardise=True)
         forcing.student.layers[0].eval()
-        forcing.gradient_audit(fake_batch())
+        gradient_audit(forcing, fake_batch())
         assert forcing.training
         assert not forcing.student.layers[0].training
         assert forcing.standardiser.count == 0
 
     def test_needs_the_alignment(self):
         with pytest.raises(ConfigError, match="alpha is 0"):
-            build(alpha=0.0).gradient_audit(fake_batch())
+            gradient_audit(build(alpha=0.0), fake_batch())
 
 
 class TestAsStudent:

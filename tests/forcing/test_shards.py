@@ -13,8 +13,9 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from spatial_forcing.errors import ConfigError
-from spatial_forcing.forcing import ForcingConfig, SpatialForcing
-from spatial_forcing.forcing.distributed import gather, is_sharded, shard
+from spatial_forcing.forcing import ForcingConfig, SpatialForcing, gradient_audit
+from spatial_forcing.forcing.distributed import gather, is_sharded
+from spatial_forcing.forcing.sharding import shard
 from tests.fakes import FakeBlock, FakeStudent, fake_batch
 from tests.forcing.test_distributed import (
     RANKS,
@@ -34,7 +35,7 @@ class ModuleTeacher(nn.Module):
     """A teacher whose weights a parallel wrapper would find if it were a part of the tree."""
 
     name, licence, patch, fingerprint, resolution = "module", "Apache-2.0", 4, "0" * 64, 20
-    dim, depth = 8, 3
+    dim, depth, projected = 8, 3, False
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,13 +105,12 @@ def check_teacher(rank):
     assert all(isinstance(p, DTensor) for p in forcing.parameters())
     assert isinstance(forcing.student.layers[0], FSDPModule)
     optimizer = torch.optim.AdamW(forcing.parameters(), lr=0.1)
-    captured = {}
-    take = forcing._tap.take
-    forcing._tap.take = lambda: captured.setdefault("states", take())
+    seen = []
+    forcing.projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     forcing(rows(whole_batch(), 4 * rank, 4 * rank + 4))[0].backward()
-    (state,) = captured["states"].values()
+    (state,) = seen
     assert type(state) is torch.Tensor
-    assert state.shape == (4, 20, 16)
+    assert state.shape[::2] == (4, 16)
     assert state.dtype == torch.bfloat16
     assert teacher.seen == {torch.float32}
     assert all(type(p.grad) is DTensor and p.grad.dtype == torch.float32 for p in forcing.parameters())
@@ -128,7 +128,7 @@ def check_teacher(rank):
     for key, value in forcing.projector_state_dict().items():
         assert torch.equal(value, plain_projector[key]), key
     with pytest.raises(ConfigError, match="FSDP"):
-        forcing.gradient_audit(rows(whole_batch(), 0, 4))
+        gradient_audit(forcing, rows(whole_batch(), 0, 4))
     with pytest.raises(ConfigError, match="already"):
         shard(forcing)
 

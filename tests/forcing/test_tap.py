@@ -172,10 +172,9 @@ def test_every_depth(depth, final_norm):
         student.norm = None
     tap = Tap(student.blocks, [depth], student.final_norm)
     batch = fake_batch()
-    tap.arm()
-    _, states = student.trace(student.alignment(batch).views.images, batch["observation.state"])
-    tap.disarm()
-    assert torch.equal(tap.take()[depth], states[depth])
+    with tap.armed() as captured:
+        _, states = student.trace(student.alignment(batch).views.images, batch["observation.state"])
+    assert torch.equal(captured[depth], states[depth])
 
 
 @pytest.mark.parametrize("settings", [None, {"use_reentrant": True}, {"use_reentrant": False}])
@@ -191,10 +190,9 @@ def test_transformers_hidden_states(settings):
         model.gradient_checkpointing_enable(settings)
         model.enable_input_require_grads()
     tap = Tap(model.layers, range(3), model.norm)
-    tap.arm()
-    states = model(torch.arange(10)[None], output_hidden_states=True, use_cache=False).hidden_states
-    tap.disarm()
-    for k, state in tap.take().items():
+    with tap.armed() as captured:
+        states = model(torch.arange(10)[None], output_hidden_states=True, use_cache=False).hidden_states
+    for k, state in captured.items():
         assert torch.equal(state, states[k])
         assert state.requires_grad
     assert width_of(model.layers, model.norm) == 8
@@ -205,17 +203,23 @@ def test_blocks_whose_parts_are_called_one_by_one():
     student = FakeStudent()
     block = student.blocks[2]
     tap = Tap(student.blocks, [2], student.final_norm)
-    tap.arm()
     hidden = torch.randn(1, 5, 16)
-    block.input_layernorm(input=hidden)
-    assert tap.take()[2] is hidden
+    with tap.armed() as captured:
+        block.input_layernorm(input=hidden)
+        block.input_layernorm(input=hidden + 1)
+    assert captured[2] is hidden
+
+
+def test_making_and_running_a_tap_changes_no_global_state():
+    before = torch._dynamo.config.skip_nnmodule_hook_guards
+    build()(fake_batch())
+    assert torch._dynamo.config.skip_nnmodule_hook_guards is before
 
 
 def test_unarmed_and_detached_taps_do_nothing():
     forcing = build()
     forcing(fake_batch())
-    forcing.student(fake_batch())
-    assert forcing._tap.captured == {}
+    forcing.policy(fake_batch())
     forcing.export()
     hooks = [m for m in forcing.student.modules() if m._forward_pre_hooks or m._forward_hooks]
     assert hooks == []
@@ -223,9 +227,12 @@ def test_unarmed_and_detached_taps_do_nothing():
 
 def test_a_failing_forward_disarms():
     forcing = build()
-    with pytest.raises(KeyError):
-        forcing({k: v for k, v in fake_batch().items() if k != "action"})
-    assert not forcing._tap.armed
+    tap = Tap(forcing.blocks, [2], forcing.student.final_norm)
+    hidden = torch.randn(1, 5, 16)
+    with pytest.raises(KeyError), tap.armed() as captured:
+        forcing.student({k: v for k, v in fake_batch().items() if k != "action"})
+    forcing.blocks[2].input_layernorm(hidden)
+    assert captured == {}
 
 
 def test_copies_capture_into_their_own_tap():
@@ -237,7 +244,6 @@ def test_copies_capture_into_their_own_tap():
         expected = reference(twin, fake_batch())
         loss, _ = twin(fake_batch())
         torch.testing.assert_close(loss, expected)
-    assert forcing._tap.captured == {}
 
 
 def test_pickled_modules_leave_the_teacher_behind():

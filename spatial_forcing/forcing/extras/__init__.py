@@ -1,1 +1,1 @@
-"""Options that the paper does not have. Each file is one change of the target, applied by `make_targets`."""
+"""Options beyond the paper's recipe. Each file is one change, used in one place of `module` or `target`."""

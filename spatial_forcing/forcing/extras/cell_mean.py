@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spatial_forcing.errors import DataError
-from spatial_forcing.forcing.loss import sum_over_ranks
+from spatial_forcing.forcing.distributed import sum_over_ranks
 from spatial_forcing.precision import FixedPrecision
 
 

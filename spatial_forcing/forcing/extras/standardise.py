@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spatial_forcing.forcing.loss import sum_over_ranks
+from spatial_forcing.forcing.distributed import sum_over_ranks
 from spatial_forcing.precision import FixedPrecision
 
 
