@@ -21,20 +21,20 @@ import tyro
 
 from benchmarks.common import show
 from spatial_forcing.alignment import Views
-from spatial_forcing.data import Dataset
+from spatial_forcing.data import Dataset, DecodedStore
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import CachedTeacher, FrameSource, build_cache, cache_info, dataset_source
-from spatial_forcing.teachers.cache_basis import Basis, save_bases
-from spatial_forcing.teachers.cache_codec import CacheDtype
-from spatial_forcing.teachers.cache_format import (
+from spatial_forcing.teachers.cache.basis import Basis, save_bases
+from spatial_forcing.teachers.cache.codec import CacheDtype
+from spatial_forcing.teachers.cache.encode import read_views, spread_frames
+from spatial_forcing.teachers.cache.format import (
     CachedEpisode,
     CacheHeader,
     Shard,
     TeacherFacts,
     encode_rows,
 )
-from spatial_forcing.teachers.cache_write import read_views, spread_frames
 
 CAMERAS = ("front", "wrist")
 GRID, WIDTH = 16, 2048
@@ -137,7 +137,7 @@ def nano(folder: Path, episodes: int | None, repeats: int, device: str) -> None:
     """Fidelity of a sixteenth of raw bf16, in both ways, and the cost of building over encoding."""
     dataset, teacher = Dataset.open(folder), load_teacher("vggt-nano", device=device)
     source = dataset_source(dataset)
-    store = dataset_source(dataset, images=dataset.store(dataset.cameras).images)
+    store = dataset_source(dataset, images=DecodedStore.build(dataset, dataset.cameras).images)
     for each in (source, store):
         each.episodes = each.episodes[:episodes]
     formats: tuple[tuple[CacheDtype, int | None], ...] = (

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.common import peak_over, show
 from spatial_forcing.alignment import Views
-from spatial_forcing.teachers.cache_build import cosines
+from spatial_forcing.teachers.cache.build import cosines
 from spatial_forcing.teachers.vggt import VGGT, VGGTConfig, VGGTTeacher
 from spatial_forcing.teachers.vggt.config import DinoV2Config, DPTConfig
 from spatial_forcing.teachers.vggt.keys import from_published

@@ -116,7 +116,7 @@ FILES = {
         from acme.teacher import load_acme
         from spatial_forcing.data.convert import CONVERTERS
         from spatial_forcing.envs.base import SUITES, Suite
-        from spatial_forcing.teachers.base import TEACHERS, TeacherCard
+        from spatial_forcing.teachers.cards import TEACHERS, TeacherCard
 
         TEACHERS.add("acme-teacher", TeacherCard("acme-teacher", load_acme, "Apache-2.0", "a test's"))
         CONVERTERS.add("acme", "acme.converter:AcmeConverter")

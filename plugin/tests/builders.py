@@ -15,7 +15,7 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 
 from spatial_forcing.teachers import TEACHERS
-from spatial_forcing.teachers.base import TeacherCard
+from spatial_forcing.teachers.cards import TeacherCard
 from tests.fakes import FakeTeacher
 
 CAMERAS = ("front", "wrist")

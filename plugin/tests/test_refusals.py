@@ -15,8 +15,8 @@ from lerobot_policy_spatial_forcing.settings import ForcingSettings
 
 from plugin.tests.builders import FAMILIES, features
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
-from spatial_forcing.teachers.cache_build import build_cache
-from spatial_forcing.teachers.cache_source import SourceEpisode
+from spatial_forcing.teachers.cache.build import build_cache
+from spatial_forcing.teachers.cache.source import SourceEpisode
 from tests.fakes import FakeTeacher
 
 PI0, SMOLVLA = FAMILIES["pi0"], FAMILIES["smolvla"]

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spatial_forcing.analysis.depth import NEAREST, depth_metrics
 from spatial_forcing.analysis.features import (
     Frames,
     Progress,
@@ -40,8 +41,6 @@ from spatial_forcing.protocols import Student, Teacher
 
 MEAN_IMAGE = "mean depth image"
 TEACHER = "teacher"
-NEAREST = 0.01
-"""Metres; measured depth below it counts as not measured."""
 MOVING = 0.05
 """A pixel whose log depth varies by more than this (standard deviation, so 5 %) counts as changing."""
 
@@ -278,27 +277,6 @@ def _mean_over_cameras(rows: Sequence[ProbeMetrics]) -> ProbeMetrics:
         abs_rel_changing=float(np.mean(changing)) if changing else None,
         head=rows[0].head,
     )
-
-
-def depth_metrics(predicted: Tensor, truth: Tensor, measured: Tensor) -> dict[str, Tensor]:
-    """AbsRel, RMSE and delta < 1.25 of every image, each (N,); NaN for an image without measured pixels.
-
-    Args:
-        predicted, truth: (N, H, W) metres.
-        measured: (N, H, W) bool: pixels that count.
-    """
-    truth = truth.clamp(min=NEAREST)
-    count = measured.flatten(1).sum(1)
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(measured, values, 0.0).flatten(1).sum(1) / count
-
-    ratio = torch.maximum(predicted / truth, truth / predicted)
-    return {
-        "abs_rel": mean((predicted - truth).abs() / truth),
-        "rmse": mean((predicted - truth).square()).sqrt(),
-        "delta": mean((ratio < 1.25).float()),
-    }
 
 
 def _panels(

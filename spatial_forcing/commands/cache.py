@@ -16,9 +16,9 @@ from spatial_forcing.data.info import parse_keys
 from spatial_forcing.errors import DataError
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import cache_info, prune_cache, verify_cache
-from spatial_forcing.teachers.cache_build import BASIS_FRAMES, build_cache
-from spatial_forcing.teachers.cache_codec import CacheDtype
-from spatial_forcing.teachers.cache_source import dataset_source
+from spatial_forcing.teachers.cache.build import BASIS_FRAMES, build_cache
+from spatial_forcing.teachers.cache.codec import CacheDtype
+from spatial_forcing.teachers.cache.source import dataset_source
 from spatial_forcing.teachers.crops import crop_agreement
 
 Folder = Annotated[Path, tyro.conf.Positional]

@@ -92,7 +92,9 @@ class BatchLoader:
         if decoded is None:
             decoded = store_bytes(dataset, self.cameras) <= STORE_LIMIT
         self._store: DecodedStore | None = (
-            dataset.store(self.cameras, progress=progress, episodes=episodes) if decoded else None
+            DecodedStore.build(dataset, self.cameras, progress=progress, episodes=episodes)
+            if decoded
+            else None
         )
         # One cache a loader, so that it dies with the loader.
         self._permutation = lru_cache(maxsize=4)(self._draw_permutation)

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -31,9 +31,6 @@ from spatial_forcing.data.tables import image_bytes, read_table, read_tasks, to_
 from spatial_forcing.data.video import VideoReader, packets_digest
 from spatial_forcing.data.writer import STAGING, read_episode_rows
 from spatial_forcing.errors import DataError
-
-if TYPE_CHECKING:
-    from spatial_forcing.data.store import DecodedStore
 
 OPEN_COLUMNS = 16
 """Image columns of recently read row groups that stay in memory."""
@@ -279,20 +276,6 @@ class Dataset:
                 with self._lock:
                     digest.update(self._encoded_image(entry, key, index))
         return digest.hexdigest()
-
-    def store(
-        self,
-        cameras: Sequence[str] | None = None,
-        size: int | None = None,
-        progress: bool = True,
-        episodes: Sequence[int] | None = None,
-    ) -> DecodedStore:
-        """The decoded store of the dataset, built or completed first; see `store.DecodedStore`."""
-        from spatial_forcing.data.store import DecodedStore
-
-        return DecodedStore.build(
-            self, cameras or self.cameras, episodes=episodes, size=size, progress=progress
-        )
 
     def source_files(self, cameras: Sequence[str]) -> list[Path]:
         """Every file that holds frames of `cameras`."""

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from spatial_forcing.data.reader import Dataset
 from spatial_forcing.errors import DataError
 from spatial_forcing.storage import (
     exclusive,
@@ -30,9 +31,6 @@ from spatial_forcing.storage import (
     writable,
     write_json,
 )
-
-if TYPE_CHECKING:
-    from spatial_forcing.data.reader import Dataset
 
 FOLDER = ".decoded"
 FORMAT = 1
@@ -100,7 +98,7 @@ class _CameraFile:
 
 
 class DecodedStore:
-    """Decoded frames of some cameras of one dataset. Get it from `Dataset.store`.
+    """Decoded frames of some cameras of one dataset; see `build`.
 
     Attributes:
         cameras: names, as asked for.
@@ -117,7 +115,7 @@ class DecodedStore:
     def build(
         cls,
         dataset: Dataset,
-        cameras: Sequence[str],
+        cameras: Sequence[str] | None = None,
         *,
         episodes: Sequence[int] | None = None,
         size: int | None = None,
@@ -129,7 +127,7 @@ class DecodedStore:
 
         Args:
             dataset: the source.
-            cameras: names.
+            cameras: names; default all.
             episodes: decode these only; a damaged frame of another one does no harm. Default: all.
             size: reduce frames so that the longer side has this many pixels (aspect kept); None keeps them.
             progress: show a progress bar on stderr.
@@ -138,6 +136,7 @@ class DecodedStore:
             DataError: an unknown camera, or a frame that cannot be decoded (its episode is named).
             EnvironmentSetupError: not enough free disk; nothing was written.
         """
+        cameras = cameras or dataset.cameras
         folder = store_folder(dataset)
         files = {}
         for camera in cameras:

@@ -14,7 +14,7 @@ import torch
 from spatial_forcing.envs.base import EVALUATION_SEEDS, expand_tasks
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.experiments.arms import ArmSpec, parse_arm, parse_overrides
-from spatial_forcing.teachers.base import RANDOM
+from spatial_forcing.teachers.cards import RANDOM
 from spatial_forcing.teachers.controls import SHUFFLED
 from spatial_forcing.training import QUICKSTART_TASKS, TrainConfig, preset
 from spatial_forcing.training.fields import from_plain, to_plain

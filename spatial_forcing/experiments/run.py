@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from spatial_forcing.analysis.features import Frames
-from spatial_forcing.data import Dataset
+from spatial_forcing.data import Dataset, DecodedStore
 from spatial_forcing.envs import make_env
 from spatial_forcing.envs.base import suite_of
 from spatial_forcing.evaluation import evaluate, read_results
@@ -46,8 +46,8 @@ from spatial_forcing.storage import replace_file, write_json
 from spatial_forcing.students import FusionVLA, NanoConfig, load_student
 from spatial_forcing.students.base import POLICY
 from spatial_forcing.teachers import load_teacher
-from spatial_forcing.teachers.cache_build import build_cache
-from spatial_forcing.teachers.cache_source import dataset_source
+from spatial_forcing.teachers.cache.build import build_cache
+from spatial_forcing.teachers.cache.source import dataset_source
 from spatial_forcing.training import TrainConfig, read_metrics
 from spatial_forcing.training.checkpoint import checkpoint_name
 from spatial_forcing.training.parts import hold_out, open_dataset, select_episodes
@@ -154,7 +154,7 @@ def _cache(
     episodes = sorted({number for each in runs for number in select_episodes(dataset, each)})
     folder = config.output / "features" / teacher.replace("/", "--").replace(":", "-")
     cameras = run.student.cameras
-    images = dataset.store(cameras, episodes=episodes).images
+    images = DecodedStore.build(dataset, cameras, episodes=episodes).images
     source = dataset_source(dataset, cameras, images, episodes)
     loaded = load_teacher(teacher, device=_device(run))
     build_cache(loaded, source, folder, layers=layers, cameras=cameras, batch_size=CACHE_BATCH)

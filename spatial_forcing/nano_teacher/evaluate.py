@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from spatial_forcing.nano_teacher.metrics import depth_metrics, pose_metrics
-from spatial_forcing.nano_teacher.scenes import SceneDataset
+from spatial_forcing.analysis.depth import depth_metrics
+from spatial_forcing.nano_teacher.losses import NEAREST
+from spatial_forcing.nano_teacher.scenes import DEPTH_MAX, SceneDataset
 from spatial_forcing.teachers.vggt.model import VGGT
 from spatial_forcing.teachers.vggt.pose import decode_pose
 
@@ -44,7 +45,7 @@ def evaluate_teacher(model: VGGT, scenes: SceneDataset, *, batch_size: int = 16)
         output = model(batch.images.float() / 255, ("camera", "depth"))
         size = (batch.depth.shape[-2], batch.depth.shape[-1])
         depth = F.interpolate(output["depth"][..., 0], size=size, mode="bilinear", align_corners=True)
-        scores = depth_metrics(depth.flatten(0, 1), batch.depth.flatten(0, 1))
+        scores = clipped_depth_metrics(depth.flatten(0, 1), batch.depth.flatten(0, 1))
         if batch.depth.shape[1] > 1:
             relative = torch.linalg.inv(batch.poses[:, 1:]) @ batch.poses[:, :1]
             guess = decode_pose(output["pose_enc"], size)[0]
@@ -56,6 +57,45 @@ def evaluate_teacher(model: VGGT, scenes: SceneDataset, *, batch_size: int = 16)
     result |= {f"{name}_median": float(v.median()) for name, v in columns.items() if name.endswith("_deg")}
     counts = {"images": float(len(columns["abs_rel"])), "pairs": float(len(columns.get("rotation_deg", ())))}
     return result | counts
+
+
+def clipped_depth_metrics(predicted: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Depth errors with prediction and truth, (N, H, W) metres, clipped at 3 m.
+
+    Returns:
+        (N,) each: `abs_rel`, `delta_1.25` (share of pixels whose ratio to the truth, either way, is below
+        1.25) and `abs_rel_scaled` (after aligning the medians, clipped again).
+    """
+    truth, clipped = (values.clamp(NEAREST, DEPTH_MAX) for values in (truth, predicted))
+    metric = depth_metrics(clipped, truth)
+    scale = truth.flatten(1).median(1).values / clipped.flatten(1).median(1).values
+    scaled = depth_metrics((clipped * scale[:, None, None]).clamp(NEAREST, DEPTH_MAX), truth)
+    return {
+        "abs_rel": metric["abs_rel"],
+        "abs_rel_scaled": scaled["abs_rel"],
+        "delta_1.25": metric["delta"],
+    }
+
+
+def pose_metrics(predicted: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Errors of camera poses relative to the reference view.
+
+    Args:
+        predicted, truth: (N, 3, 4) or (N, 4, 4) camera from reference.
+
+    Returns:
+        (N,) each: `rotation_deg`, `translation_angle_deg` (between the translations' directions) and
+        `translation_m`.
+    """
+    product = predicted[:, :3, :3].transpose(1, 2) @ truth[:, :3, :3]
+    cosine = (product.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2
+    shift, true_shift = predicted[:, :3, 3], truth[:, :3, 3]
+    direction = torch.cosine_similarity(shift, true_shift, dim=1, eps=1e-6)
+    return {
+        "rotation_deg": torch.rad2deg(torch.acos(cosine.clamp(-1, 1))),
+        "translation_angle_deg": torch.rad2deg(torch.acos(direction.clamp(-1, 1))),
+        "translation_m": (shift - true_shift).norm(dim=1),
+    }
 
 
 def _relative(extrinsics: Tensor) -> Tensor:

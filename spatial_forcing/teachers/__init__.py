@@ -1,6 +1,6 @@
-"""Teachers: frozen vision models whose features supervise the student. Importing this registers them all."""
+"""Teachers: frozen vision models whose features supervise the student."""
 
-from spatial_forcing.teachers import image, vggt
-from spatial_forcing.teachers.base import TEACHERS, TeacherCard, load_teacher
+from spatial_forcing.teachers.cards import TEACHERS, TeacherCard
+from spatial_forcing.teachers.load import load_teacher
 
-__all__ = ["TEACHERS", "TeacherCard", "image", "load_teacher", "vggt"]
+__all__ = ["TEACHERS", "TeacherCard", "load_teacher"]

@@ -23,9 +23,9 @@ from spatial_forcing.errors import DataError
 from spatial_forcing.forcing import layout_from_offset
 from spatial_forcing.forcing.target import make_targets, token_validity
 from spatial_forcing.protocols import Teacher
-from spatial_forcing.teachers.cache_build import cosines
-from spatial_forcing.teachers.cache_source import FrameSource
-from spatial_forcing.teachers.cache_write import Encoder, spread_frames
+from spatial_forcing.teachers.cache.build import cosines
+from spatial_forcing.teachers.cache.encode import Encoder, spread_frames
+from spatial_forcing.teachers.cache.source import FrameSource
 
 
 @dataclass(frozen=True)

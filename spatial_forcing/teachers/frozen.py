@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spatial_forcing.alignment import Views, transform
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing.target import sample_grid, token_points
-from spatial_forcing.teachers.base import Framing
+from spatial_forcing.teachers.cards import Framing
 from spatial_forcing.teachers.preprocess import Framed, frame, resized_shape
 
 DEFAULT_MEMORY = 2 * 2**30

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from spatial_forcing.alignment import Views
 from spatial_forcing.errors import CheckpointError
-from spatial_forcing.teachers.base import RANDOM, RANDOM_LICENCE, TEACHERS, Framing, TeacherCard
+from spatial_forcing.teachers.cards import RANDOM, RANDOM_LICENCE, TEACHERS, Framing, TeacherCard
 from spatial_forcing.teachers.frozen import DEFAULT_MEMORY, FrozenTeacher, lower_weights, random_stream
 from spatial_forcing.teachers.preprocess import Framed, frame
 from spatial_forcing.teachers.vggt.aggregator import IMAGENET_MEAN, IMAGENET_STD, resolve_layers

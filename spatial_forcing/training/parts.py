@@ -22,7 +22,7 @@ from spatial_forcing.students import STUDENTS, LoraStudent
 from spatial_forcing.students.base import StudentConfig, StudentModule
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import CachedTeacher
-from spatial_forcing.teachers.cache_source import dataset_source
+from spatial_forcing.teachers.cache.source import dataset_source
 from spatial_forcing.teachers.controls import SHUFFLED, ShuffledTeacher
 from spatial_forcing.training.config import TrainConfig
 

@@ -27,8 +27,8 @@ from spatial_forcing.forcing import ForcingConfig
 from spatial_forcing.students import load_student
 from spatial_forcing.students.base import Student
 from spatial_forcing.teachers import load_teacher
-from spatial_forcing.teachers.cache_build import build_cache
-from spatial_forcing.teachers.cache_source import dataset_source
+from spatial_forcing.teachers.cache.build import build_cache
+from spatial_forcing.teachers.cache.source import dataset_source
 from spatial_forcing.training import TrainConfig, preset, train
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spatial_forcing.alignment import TokenLayout, Views
+from spatial_forcing.analysis.depth import depth_metrics
 from spatial_forcing.analysis.features import (
     Frames,
     on_frame,
@@ -18,7 +19,7 @@ from spatial_forcing.analysis.features import (
     teacher_features,
 )
 from spatial_forcing.analysis.layers import suggest_layer
-from spatial_forcing.analysis.probe import MEAN_IMAGE, TEACHER, ProbeMetrics, depth_metrics, probe_depth
+from spatial_forcing.analysis.probe import MEAN_IMAGE, TEACHER, ProbeMetrics, probe_depth
 from spatial_forcing.analysis.probe_page import metrics_csv, probe_page
 from spatial_forcing.analysis.report import render
 from spatial_forcing.errors import ConfigError, DataError

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spatial_forcing.data import Dataset
+from spatial_forcing.data import Dataset, DecodedStore
 from spatial_forcing.data.check import check
 
 DATA = "data/chunk-000/file-000.parquet"
@@ -65,7 +65,7 @@ def overwrite_middle(root):
 @pytest.mark.parametrize("depth", [False, True])
 def test_a_sound_dataset_has_no_problems(tmp_path, build, video, depth):
     root = build.write_dataset(tmp_path / "d", video=video, depth=depth)
-    Dataset.open(root).store(progress=False)
+    DecodedStore.build(Dataset.open(root), progress=False)
     assert check(root) == []
 
 
@@ -145,7 +145,7 @@ def test_tables_only_is_possible(root):
 
 
 def test_a_damaged_store_is_reported(root):
-    Dataset.open(root).store(progress=False)
+    DecodedStore.build(Dataset.open(root), progress=False)
     file = next((root / ".decoded").glob("wrist-*.u8"))
     file.write_bytes(bytes(file.stat().st_size))
     problems = check(root)

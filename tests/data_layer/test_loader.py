@@ -7,8 +7,8 @@ from spatial_forcing.data.augment import Augment
 from spatial_forcing.data.geometry import letterbox_map, warp
 from spatial_forcing.data.loader import BatchLoader
 from spatial_forcing.errors import ConfigError, DataError
-from spatial_forcing.teachers.cache_source import dataset_source
-from spatial_forcing.teachers.cache_write import read_views
+from spatial_forcing.teachers.cache.encode import read_views
+from spatial_forcing.teachers.cache.source import dataset_source
 
 STRONG = Augment(crop_area=(0.5, 0.9), rotation=10, brightness=0.3, contrast=0.4, saturation=0.5)
 

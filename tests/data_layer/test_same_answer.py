@@ -31,8 +31,8 @@ from spatial_forcing.errors import SpatialForcingError
 from spatial_forcing.forcing import ForcingConfig
 from spatial_forcing.students import NanoConfig, load_student
 from spatial_forcing.teachers.cache import CachedTeacher
-from spatial_forcing.teachers.cache_build import build_cache
-from spatial_forcing.teachers.cache_source import dataset_source
+from spatial_forcing.teachers.cache.build import build_cache
+from spatial_forcing.teachers.cache.source import dataset_source
 from spatial_forcing.training import OptimConfig, TrainConfig, train
 from tests.fakes import FakeTeacher
 

@@ -2,34 +2,34 @@ import pytest
 import torch
 
 from spatial_forcing.errors import DataError
-from spatial_forcing.nano_teacher.metrics import depth_metrics, pose_metrics
+from spatial_forcing.nano_teacher.evaluate import clipped_depth_metrics, pose_metrics
 
 
 def test_depth_metrics_of_known_errors():
     truth = torch.full((2, 4, 4), 1.0)
     predicted = torch.stack([torch.full((4, 4), 1.1), torch.full((4, 4), 0.7)])
-    metrics = depth_metrics(predicted, truth)
+    metrics = clipped_depth_metrics(predicted, truth)
     assert metrics["abs_rel"].tolist() == pytest.approx([0.1, 0.3], abs=1e-6)
     assert metrics["abs_rel_scaled"].tolist() == pytest.approx([0, 0], abs=1e-6)
     assert metrics["delta_1.25"].tolist() == [1.0, 0.0]
 
 
 def test_depth_is_clipped_at_three_metres_on_both_sides():
-    metrics = depth_metrics(torch.full((1, 2, 2), 50.0), torch.full((1, 2, 2), 113.0))
+    metrics = clipped_depth_metrics(torch.full((1, 2, 2), 50.0), torch.full((1, 2, 2), 113.0))
     assert float(metrics["abs_rel"]) == 0
 
 
 def test_images_weigh_the_same():
     truth = torch.stack([torch.full((2, 2), 0.1), torch.full((2, 2), 2.0)])
-    metrics = depth_metrics(truth * torch.tensor([1.2, 1.0])[:, None, None], truth)
+    metrics = clipped_depth_metrics(truth * torch.tensor([1.2, 1.0])[:, None, None], truth)
     assert float(metrics["abs_rel"].mean()) == pytest.approx(0.1, abs=1e-6)
 
 
 def test_bad_depth_is_refused():
     with pytest.raises(DataError, match="expected"):
-        depth_metrics(torch.ones(1, 2, 2), torch.ones(2, 2, 2))
+        clipped_depth_metrics(torch.ones(1, 2, 2), torch.ones(2, 2, 2))
     with pytest.raises(DataError, match="not finite"):
-        depth_metrics(torch.full((1, 2, 2), float("nan")), torch.ones(1, 2, 2))
+        clipped_depth_metrics(torch.full((1, 2, 2), float("nan")), torch.ones(1, 2, 2))
 
 
 def test_pose_metrics_of_known_errors():

@@ -12,7 +12,7 @@ from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import CachedTeacher
 from spatial_forcing.teachers.controls import ShuffledTeacher
 from tests.fakes import FakeTeacher
-from tests.teachers.cache_fakes import FakeSource, build, views_of
+from tests.teachers.cache.cache_fakes import FakeSource, build, views_of
 
 ABSENT = [(4, "wrist"), (6, "front"), (9, "wrist"), (11, "wrist")]
 

@@ -17,7 +17,7 @@ from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import CachedTeacher
 from spatial_forcing.teachers.crops import augmented, crop_agreement
 from tests.fakes import CAMERAS, FakeTeacher
-from tests.teachers.cache_fakes import FakeSource, build, views_of
+from tests.teachers.cache.cache_fakes import FakeSource, build, views_of
 
 NONE = Augment(crop_area=(1.0, 1.0))
 STRONG = Augment(crop_area=(0.4, 0.6), rotation=15.0)

@@ -11,7 +11,7 @@ import transformers
 from spatial_forcing.alignment import Views
 from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.protocols import Teacher
-from spatial_forcing.teachers import TEACHERS, base, image, load_teacher
+from spatial_forcing.teachers import TEACHERS, cards, image, load_teacher
 
 WIDTH, LAYERS = 32, 3
 VIT = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
@@ -55,7 +55,7 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def _nothing_announced(monkeypatch):
-    monkeypatch.setattr(base, "_announced", set())
+    monkeypatch.setattr(cards, "_announced", set())
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.forcing import ForcingConfig
 from spatial_forcing.students import LoraSettings, OpenVLAOFT, OpenVLAOFTConfig, load_student
 from spatial_forcing.students.parity import example_observations
-from spatial_forcing.teachers.cache_build import build_cache
-from spatial_forcing.teachers.cache_source import dataset_source
+from spatial_forcing.teachers.cache.build import build_cache
+from spatial_forcing.teachers.cache.source import dataset_source
 from spatial_forcing.training import OptimConfig, TrainConfig, preset, train
 from tests.fakes import CAMERAS, FakeTeacher
 from tests.students.openvla_oft.small import small_config

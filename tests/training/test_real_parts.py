@@ -18,8 +18,8 @@ from spatial_forcing.forcing import ForcingConfig
 from spatial_forcing.students import LoraSettings, NanoConfig, Pi0Config, load_student
 from spatial_forcing.students.parity import example_observations
 from spatial_forcing.teachers.cache import CachedTeacher
-from spatial_forcing.teachers.cache_build import build_cache
-from spatial_forcing.teachers.cache_source import dataset_source
+from spatial_forcing.teachers.cache.build import build_cache
+from spatial_forcing.teachers.cache.source import dataset_source
 from spatial_forcing.training import OptimConfig, TrainConfig, build_parts, train
 from spatial_forcing.training.parts import hold_out, select_episodes, share_of
 from tests.fakes import CAMERAS, FakeTeacher

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,15 +18,13 @@ from safetensors.torch import save_file
 from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.storage import replace_file, write_json
 from spatial_forcing.students.base import CONFIG_FILE, WEIGHTS_FILE, read_config
+from spatial_forcing.students.normalize import Normalizer
 from spatial_forcing.students.pi0.config import Pi0Config, Pi0Size, architecture
 from spatial_forcing.students.pi0.keys import to_openpi, to_transformers
+from spatial_forcing.students.pi0.text import Prompt
 from spatial_forcing.students.weights import assign, read_tensor, weight_shapes
 
-if TYPE_CHECKING:
-    from spatial_forcing.students.pi0.model import Pi0
-
 STUDENT_FILE = "student.json"
-NORMS = ("state_norm", "action_norm")
 
 
 def build_network(config: Pi0Config, seed: int, source: str | None) -> Any:
@@ -108,20 +106,22 @@ def _refuse_other_policies(path: Path) -> None:
         )
 
 
-def save(student: Pi0, folder: str | Path) -> None:
+def save(
+    folder: str | Path, network: Any, prompt: Prompt, config: Pi0Config, norms: Mapping[str, Normalizer]
+) -> None:
     """Write all files; each is written beside and renamed, `config.json` last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = to_openpi(student.network.state_dict())
+    state = to_openpi(network.state_dict())
     weights = {name: value.detach().contiguous().cpu() for name, value in state.items()}
     replace_file(folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    student.prompt.save(folder)
+    prompt.save(folder)
     statistics = {
-        name: {key: value.tolist() for key, value in getattr(student, name).state_dict().items()}
-        for name in NORMS
+        name: {key: value.tolist() for key, value in norm.state_dict().items()}
+        for name, norm in norms.items()
     }
-    write_json(folder / STUDENT_FILE, {"config": asdict(student.config), "statistics": statistics})
-    write_json(folder / CONFIG_FILE, student.network.config.to_dict())
+    write_json(folder / STUDENT_FILE, {"config": asdict(config), "statistics": statistics})
+    write_json(folder / CONFIG_FILE, network.config.to_dict())
 
 
 def read_settings(folder: str | Path) -> tuple[Pi0Config, Mapping[str, Any]]:
@@ -151,11 +151,12 @@ def config_from_plain(settings: Mapping[str, Any]) -> Pi0Config:
     return Pi0Config(**{**settings, "size": Pi0Size(**settings["size"])})
 
 
-def load_statistics(student: Pi0, statistics: Mapping[str, Any], folder: str | Path) -> None:
+def load_statistics(
+    norms: Mapping[str, Normalizer], statistics: Mapping[str, Any], folder: str | Path
+) -> None:
     """Put the stored statistics into the student's normalisers. Raises `CheckpointError` on other sizes."""
-    for name in NORMS:
+    for name, norm in norms.items():
         try:
-            state = {key: torch.tensor(value) for key, value in statistics[name].items()}
-            getattr(student, name).load_state_dict(state)
+            norm.load_state_dict({key: torch.tensor(value) for key, value in statistics[name].items()})
         except (KeyError, RuntimeError, TypeError) as error:
             raise CheckpointError(f"{Path(folder) / STUDENT_FILE}: statistics {name}: {error}") from error

@@ -219,12 +219,16 @@ class Pi0(StudentModule):
             )
         return sampled
 
+    @property
+    def _norms(self) -> dict[str, Normalizer]:
+        return {"state_norm": self.state_norm, "action_norm": self.action_norm}
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` for stock transformers, and this student's own files.
 
         Weights keep openpi's names, as published ones do, so transformers, openpi and LeRobot load them too.
         """
-        checkpoint.save(self, folder)
+        checkpoint.save(folder, self.network, self.prompt, self.config, self._norms)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -235,7 +239,7 @@ class Pi0(StudentModule):
         """
         config, statistics = checkpoint.read_settings(folder)
         student = cls(config, saved=folder)
-        checkpoint.load_statistics(student, statistics, folder)
+        checkpoint.load_statistics(student._norms, statistics, folder)
         return student
 
     @classmethod

@@ -1,6 +1,6 @@
 """VGGT (arXiv 2503.11651), own implementation: model, checkpoints, frozen teacher, cards of its weights."""
 
-from spatial_forcing.teachers.base import TEACHERS, TeacherCard
+from spatial_forcing.teachers.cards import TEACHERS, TeacherCard
 from spatial_forcing.teachers.vggt.config import CameraHeadConfig, DinoV2Config, DPTConfig, VGGTConfig
 from spatial_forcing.teachers.vggt.loading import find_local, load_vggt, save_vggt
 from spatial_forcing.teachers.vggt.model import VGGT

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing import ForcingConfig, SpatialForcing
 from spatial_forcing.teachers.cache import CachedTeacher, cache_info
-from spatial_forcing.teachers.cache_basis import Moments, fit_basis
+from spatial_forcing.teachers.cache.basis import Moments, fit_basis
 from tests.fakes import CAMERAS, FakeStudent, FakeTeacher
-from tests.teachers.cache_fakes import FakeSource, build, views_of
+from tests.teachers.cache.cache_fakes import FakeSource, build, views_of
 
 
 def tokens_in(directions, count=500, width=12, seed=0, noise=0.0):

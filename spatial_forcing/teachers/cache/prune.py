@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from spatial_forcing.storage import disk_full_explained, exclusive
-from spatial_forcing.teachers.cache_build import KEPT, changed_episodes, foreign_dataset
-from spatial_forcing.teachers.cache_format import (
+from spatial_forcing.teachers.cache.build import KEPT
+from spatial_forcing.teachers.cache.format import (
     CachedEpisode,
     CacheHeader,
     Shard,
@@ -18,7 +18,8 @@ from spatial_forcing.teachers.cache_format import (
     leftovers,
     read_shards,
 )
-from spatial_forcing.teachers.cache_source import FrameSource
+from spatial_forcing.teachers.cache.read import changed_episodes, foreign_dataset
+from spatial_forcing.teachers.cache.source import FrameSource
 
 
 @dataclass(frozen=True)

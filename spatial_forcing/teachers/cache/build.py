@@ -19,9 +19,10 @@ from torch import Tensor
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.storage import disk_full_explained, exclusive, free_bytes, progress_bar, require_disk
-from spatial_forcing.teachers.cache_basis import Basis, Moments, fit_basis, load_bases, save_bases
-from spatial_forcing.teachers.cache_codec import DTYPES, CacheDtype
-from spatial_forcing.teachers.cache_format import (
+from spatial_forcing.teachers.cache.basis import Basis, Moments, fit_basis, load_bases, save_bases
+from spatial_forcing.teachers.cache.codec import DTYPES, CacheDtype
+from spatial_forcing.teachers.cache.encode import Encoder, ShardWriter, read_views, spread_frames
+from spatial_forcing.teachers.cache.format import (
     HEADER,
     CacheHeader,
     Shard,
@@ -29,8 +30,8 @@ from spatial_forcing.teachers.cache_format import (
     leftovers,
     read_shards,
 )
-from spatial_forcing.teachers.cache_source import FrameSource, SourceEpisode, wanted_episodes
-from spatial_forcing.teachers.cache_write import Encoder, ShardWriter, read_views, spread_frames
+from spatial_forcing.teachers.cache.read import CachedTeacher, changed_episodes, foreign_dataset
+from spatial_forcing.teachers.cache.source import FrameSource, SourceEpisode, wanted_episodes
 from spatial_forcing.teachers.vggt.aggregator import resolve_layers
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def build_cache(
         folder: made if it does not exist.
         layers: of the teacher, 0-based, negative from the end.
         cameras: ordered; default the source's. A cache serves exactly this tuple.
-        dtype: how numbers are stored (see `cache_codec`); "int4" needs `channels`.
+        dtype: how numbers are stored (see `codec`); "int4" needs `channels`.
         channels: store each token's coordinates in a basis of that many directions, fitted on a sample (a
             multiple of 4, 256 for VGGT-1B); None: the teacher's own channels.
         standardise: with `channels`, standardise the teacher's channels before the fit.
@@ -306,21 +307,6 @@ def teacher_facts(teacher: Teacher) -> TeacherFacts:
     )
 
 
-def changed_episodes(source: FrameSource, shards: Sequence[Shard]) -> list[int]:
-    """Numbers of cached episodes that `source` no longer has as they were."""
-    current = {(e.episode, e.first, e.length, e.hash) for e in source.episodes}
-    entries = [e for shard in shards for e in shard.episodes]
-    return sorted(e.episode for e in entries if (e.episode, e.first, e.length, e.hash) not in current)
-
-
-def foreign_dataset(header: CacheHeader, source: FrameSource, folder: Path) -> DataError:
-    """The error for a source none of whose episodes is the cached one."""
-    return DataError(
-        f"{folder} caches {header.dataset}, and no episode of {source.identity} is the same; "
-        "use another folder, or the dataset that was cached."
-    )
-
-
 def _drop_changed(
     folder: Path, header: CacheHeader, source: FrameSource, shards: list[Shard], replace_changed: bool
 ) -> list[Shard]:
@@ -375,8 +361,6 @@ def _groups(
 
 def measure_fidelity(encoder: Encoder, header: CacheHeader, folder: Path) -> None:
     """Compare what a reader gets with fresh features on frames spread over the dataset; into the header."""
-    from spatial_forcing.teachers.cache import CachedTeacher  # it imports this module
-
     # They are encoded once more: a small dataset would spend its build on them.
     least, most = FIDELITY_FRAMES
     share = sum(episode.length for episode in wanted_episodes(encoder.source)) // 100

@@ -14,7 +14,6 @@ from spatial_forcing import storage
 from spatial_forcing.alignment import Views
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
 from spatial_forcing.protocols import Teacher
-from spatial_forcing.teachers import cache_build
 from spatial_forcing.teachers.cache import (
     CachedTeacher,
     SourceEpisode,
@@ -23,8 +22,9 @@ from spatial_forcing.teachers.cache import (
     prune_cache,
     verify_cache,
 )
+from spatial_forcing.teachers.cache import build as cache_build
 from tests.fakes import CAMERAS, FakeTeacher
-from tests.teachers.cache_fakes import LENGTHS, CountingTeacher, FakeSource, build, views_of
+from tests.teachers.cache.cache_fakes import LENGTHS, CountingTeacher, FakeSource, build, views_of
 
 
 @pytest.fixture

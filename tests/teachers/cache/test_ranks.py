@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from spatial_forcing.teachers.cache import CachedTeacher, cache_info, verify_cache
-from tests.teachers import build_ranks
-from tests.teachers.cache_fakes import FakeSource, views_of
+from tests.teachers.cache import build_ranks
+from tests.teachers.cache.cache_fakes import FakeSource, views_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_two_processes_build_what_one_builds(tmp_path):

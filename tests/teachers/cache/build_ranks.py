@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from tests.fakes import FakeTeacher
-from tests.teachers.cache_fakes import CountingTeacher, FakeSource, build
+from tests.teachers.cache.cache_fakes import CountingTeacher, FakeSource, build
 
 OPTIONS = {"layers": (-1, 0), "dtype": "int8", "channels": 4, "shard_bytes": 2000}
 

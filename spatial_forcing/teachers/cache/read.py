@@ -1,7 +1,4 @@
-"""Teacher features from disk instead of from the teacher.
-
-    folder = build_cache(teacher, dataset_source(dataset), "features")
-    teacher = CachedTeacher(folder)         # a `protocols.Teacher`
+"""`CachedTeacher`: teacher features from disk; what a cache holds, and whether all of it is whole.
 
 Features belong to stored frames, with all views of a frame encoded together; `Views.student_to_view` says
 how a student's crop lies in them. Shapes: B batch, V view, h x w teacher grid, C channels.
@@ -21,40 +18,25 @@ from torch import Tensor
 
 from spatial_forcing.alignment import Views
 from spatial_forcing.errors import ConfigError, DataError
-from spatial_forcing.teachers.base import announce_licence
-from spatial_forcing.teachers.cache_basis import load_bases
-from spatial_forcing.teachers.cache_build import build_cache, changed_episodes, foreign_dataset
-from spatial_forcing.teachers.cache_codec import columns, decode
-from spatial_forcing.teachers.cache_format import (
+from spatial_forcing.teachers.cache.basis import load_bases
+from spatial_forcing.teachers.cache.codec import columns, decode
+from spatial_forcing.teachers.cache.format import (
     CacheHeader,
     Shard,
     checksum,
     decode_present,
     read_shards,
 )
-from spatial_forcing.teachers.cache_prune import Pruned, prune_cache
-from spatial_forcing.teachers.cache_source import FrameSource, SourceEpisode, dataset_source
+from spatial_forcing.teachers.cache.source import FrameSource
+from spatial_forcing.teachers.cards import announce_licence
 from spatial_forcing.teachers.vggt.aggregator import resolve_layers
-
-__all__ = [
-    "CacheInfo",
-    "CachedTeacher",
-    "FrameSource",
-    "Pruned",
-    "SourceEpisode",
-    "build_cache",
-    "cache_info",
-    "dataset_source",
-    "prune_cache",
-    "verify_cache",
-]
 
 
 class CachedTeacher:
     """The features of a cache, read by `Views.keys` from memory-mapped shards. Implements `Teacher`.
 
     A cache with fewer channels than its teacher delivers its own: `dim` is their number, and cosines between
-    tokens are those of the projected features (see `cache_basis`).
+    tokens are those of the projected features (see `basis`).
 
     Args:
         folder: what `build_cache` wrote.
@@ -255,6 +237,21 @@ class CachedTeacher:
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map would carry its content; workers open their own.
         return {**self.__dict__, "_open": {}}
+
+
+def changed_episodes(source: FrameSource, shards: Sequence[Shard]) -> list[int]:
+    """Numbers of cached episodes that `source` no longer has as they were."""
+    current = {(e.episode, e.first, e.length, e.hash) for e in source.episodes}
+    entries = [e for shard in shards for e in shard.episodes]
+    return sorted(e.episode for e in entries if (e.episode, e.first, e.length, e.hash) not in current)
+
+
+def foreign_dataset(header: CacheHeader, source: FrameSource, folder: Path) -> DataError:
+    """The error for a source none of whose episodes is the cached one."""
+    return DataError(
+        f"{folder} caches {header.dataset}, and no episode of {source.identity} is the same; "
+        "use another folder, or the dataset that was cached."
+    )
 
 
 @dataclass(frozen=True)

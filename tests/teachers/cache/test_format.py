@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spatial_forcing.errors import DataError
-from spatial_forcing.teachers.cache_codec import DTYPES, columns, decode, encode, leading
-from spatial_forcing.teachers.cache_format import (
+from spatial_forcing.teachers.cache.codec import DTYPES, columns, decode, encode, leading
+from spatial_forcing.teachers.cache.encode import EpisodeChecksums
+from spatial_forcing.teachers.cache.format import (
     CacheHeader,
     TeacherFacts,
     checksum,
     decode_present,
     encode_rows,
 )
-from spatial_forcing.teachers.cache_write import EpisodeChecksums
 
 FACTS = TeacherFacts("fake", "0" * 64, "Apache-2.0", 8, 3, 4, 20)
 

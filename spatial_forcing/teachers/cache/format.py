@@ -5,7 +5,7 @@
     shard-00000.bin       fixed-size rows of whole episodes, one row a frame
     shard-00000.json      which episodes, where, with a checksum each; a shard counts once this exists
 
-A row holds, for every layer, (V, h, w, C) numbers as `cache_codec` stores them, then the presence bits of its
+A row holds, for every layer, (V, h, w, C) numbers as `codec` stores them, then the presence bits of its
 views. Every shard has its own record, so builders of different shards share no file. A
 record may name a later data file (`shard-00000.r1.bin`), which holds what pruning left of the first.
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from spatial_forcing.errors import DataError
 from spatial_forcing.storage import write_json
-from spatial_forcing.teachers.cache_codec import DTYPES, CacheDtype, columns, encode
+from spatial_forcing.teachers.cache.codec import DTYPES, CacheDtype, columns, encode
 
 VERSION = 1
 HEADER = "header.json"
@@ -56,8 +56,8 @@ class CacheHeader:
         layers: of the teacher, 0-based.
         grid: (h, w).
         channels: numbers stored a token.
-        dtype: of them; see `cache_codec`.
-        basis: None for the teacher's own channels, else what `cache_basis.save_bases` says: "sha256" of the
+        dtype: of them; see `codec`.
+        basis: None for the teacher's own channels, else what `basis.save_bases` says: "sha256" of the
             vectors' file and, for each layer, the "mean" that was subtracted; and "frames" in the sample.
         standardised: the teacher's channels were standardised before the basis was fitted.
         frame_size: (H, W) of the frames before the teacher's own resizing.
@@ -129,7 +129,7 @@ class CachedEpisode:
     """Where one episode lies.
 
     Attributes:
-        episode, first, length, hash: as in `cache_source.SourceEpisode`.
+        episode, first, length, hash: as in `source.SourceEpisode`.
         row: its first row in the shard.
         crc: CRC-32 of its rows.
     """

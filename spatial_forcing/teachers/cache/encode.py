@@ -20,9 +20,9 @@ from spatial_forcing.alignment import Views
 from spatial_forcing.data.geometry import common_frame, letterboxed
 from spatial_forcing.errors import DataError
 from spatial_forcing.protocols import Teacher
-from spatial_forcing.teachers.cache_basis import Basis
-from spatial_forcing.teachers.cache_format import CachedEpisode, CacheHeader, Shard, checksum, encode_rows
-from spatial_forcing.teachers.cache_source import FrameSource, SourceEpisode, wanted_episodes
+from spatial_forcing.teachers.cache.basis import Basis
+from spatial_forcing.teachers.cache.format import CachedEpisode, CacheHeader, Shard, checksum, encode_rows
+from spatial_forcing.teachers.cache.source import FrameSource, SourceEpisode, wanted_episodes
 
 READ_AHEAD = 2
 """Batches of frames that are read while the teacher works."""

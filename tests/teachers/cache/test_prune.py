@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from spatial_forcing.errors import DataError
-from spatial_forcing.teachers import cache_prune
 from spatial_forcing.teachers.cache import CachedTeacher, cache_info, prune_cache, verify_cache
+from spatial_forcing.teachers.cache import prune as cache_prune
 from tests.fakes import FakeTeacher
-from tests.teachers.cache_fakes import FakeSource, build, views_of
+from tests.teachers.cache.cache_fakes import FakeSource, build, views_of
 
 
 @pytest.fixture

@@ -1,20 +1,25 @@
-"""Teachers by name: the registry, its cards with licences, and `load_teacher`."""
+"""`load_teacher`: a frozen teacher by registered name, folder or hub id. Importing it registers them all."""
 
 from __future__ import annotations
 
-import logging
-import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.protocols import Teacher
-from spatial_forcing.registry import Registry, unknown
-
-logger = logging.getLogger(__name__)
+from spatial_forcing.registry import unknown
+from spatial_forcing.teachers.cards import (
+    RANDOM,
+    TEACHERS,
+    Framing,
+    TeacherCard,
+    TeacherLoader,
+    announce_licence,
+)
+from spatial_forcing.teachers.image import is_image_checkpoint, load_image_teacher
+from spatial_forcing.teachers.vggt import load_vggt_teacher
 
 DTYPES = {
     "float32": torch.float32,
@@ -24,74 +29,6 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-
-
-class TeacherLoader(Protocol):
-    """Builds a teacher from a registry name (with its card), or from a path or hub id (card None)."""
-
-    def __call__(
-        self,
-        source: str,
-        card: TeacherCard | None,
-        *,
-        resolution: int | None,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        heads: bool,
-        random_weights: bool,
-        **options: Any,
-    ) -> Teacher:
-        """Load frozen weights onto `device`, or draw them; `options` go to `frozen.FrozenTeacher`."""
-        ...
-
-
-@dataclass(frozen=True)
-class TeacherCard:
-    """One entry of the registry.
-
-    Attributes:
-        name: registry name; for weights on the hub, their id.
-        loader: builds it.
-        licence: SPDX identifier of the weights' licence.
-        note: one line on what it is and what its licence asks.
-        commercial_alternative: name of an equivalent whose licence allows commercial use, if there is one.
-        folder: where weights that ship with the package are; None for others.
-    """
-
-    name: str
-    loader: TeacherLoader
-    licence: str
-    note: str
-    commercial_alternative: str | None = None
-    folder: Path | None = None
-
-
-TEACHERS: Registry[TeacherCard] = Registry("teacher")
-
-RANDOM = "random:"
-"""Before a teacher's name: its architecture with random weights."""
-RANDOM_LICENCE = "Apache-2.0"
-"""Of random weights, which are this package's own."""
-Framing = Literal["fit", "pad"]
-
-_announced: set[str] = set()
-
-
-def announce_licence(name: str, licence: str) -> None:
-    """Say once (in the first process of a run) under which licence a teacher's weights are used.
-
-    Cached features fall under the licence of the weights that made them. Random weights have none.
-    """
-    if name in _announced or name.startswith(RANDOM) or os.environ.get("RANK", "0") != "0":
-        return
-    _announced.add(name)
-    card = TEACHERS.get(name) if name in TEACHERS else None
-    parts = [f"teacher {name!r}: weights under {licence}."]
-    if card is not None:
-        parts.append(card.note)
-        if card.commercial_alternative is not None:
-            parts.append(f"For commercial use: {card.commercial_alternative!r}.")
-    logger.warning(" ".join(parts))
 
 
 def load_teacher(
@@ -160,9 +97,6 @@ def load_teacher(
 
 def _loader_of(source: str) -> TeacherLoader:
     """The loader of a checkpoint without a card: transformers' own layout names its kind, VGGT's does not."""
-    from spatial_forcing.teachers.image import is_image_checkpoint, load_image_teacher
-    from spatial_forcing.teachers.vggt import load_vggt_teacher
-
     return load_image_teacher if is_image_checkpoint(source) else load_vggt_teacher
 
 

@@ -10,7 +10,7 @@ import torch
 
 from spatial_forcing.alignment import Views
 from spatial_forcing.errors import CheckpointError, ConfigError
-from spatial_forcing.teachers import TEACHERS, base, load_teacher
+from spatial_forcing.teachers import TEACHERS, cards, load_teacher
 from spatial_forcing.teachers.vggt import VGGT, CameraHeadConfig, DPTConfig, VGGTConfig, loading, save_vggt
 from spatial_forcing.teachers.vggt import teacher as teacher_module
 
@@ -34,7 +34,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _nothing_announced(monkeypatch):
-    monkeypatch.setattr(base, "_announced", set())
+    monkeypatch.setattr(cards, "_announced", set())
 
 
 def test_every_card_names_itself_and_its_licence():
@@ -72,7 +72,7 @@ def test_the_licence_is_said_once(checkpoint, caplog):
     with caplog.at_level(logging.WARNING):
         load_teacher(checkpoint)
         load_teacher(checkpoint)
-        base.announce_licence("facebook/VGGT-1B", "CC-BY-NC-4.0")
+        cards.announce_licence("facebook/VGGT-1B", "CC-BY-NC-4.0")
     first, second = caplog.messages
     assert "weights under MIT" in first
     assert "CC-BY-NC-4.0" in second

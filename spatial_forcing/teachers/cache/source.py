@@ -141,7 +141,7 @@ def dataset_source(
     Args:
         dataset: an opened `spatial_forcing.data.Dataset`; its episodes are hashed here.
         cameras: default all of them, in the dataset's order.
-        images: a faster way to the same frames, such as `dataset.store(cameras).images`.
+        images: a faster way to the same frames, such as `DecodedStore.build(dataset, cameras).images`.
         episodes: encode these only; a cache may hold others of the dataset as well. Default: all.
     """
     return DatasetSource(dataset, cameras if cameras is not None else dataset.cameras, images, episodes)

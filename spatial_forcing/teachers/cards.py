@@ -1,0 +1,84 @@
+"""Teachers by name: the registry and its cards, with the licence of every set of weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from spatial_forcing.protocols import Teacher
+from spatial_forcing.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+
+class TeacherLoader(Protocol):
+    """Builds a teacher from a registry name (with its card), or from a path or hub id (card None)."""
+
+    def __call__(
+        self,
+        source: str,
+        card: TeacherCard | None,
+        *,
+        resolution: int | None,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        heads: bool,
+        random_weights: bool,
+        **options: Any,
+    ) -> Teacher:
+        """Load frozen weights onto `device`, or draw them; `options` go to `frozen.FrozenTeacher`."""
+        ...
+
+
+@dataclass(frozen=True)
+class TeacherCard:
+    """One entry of the registry.
+
+    Attributes:
+        name: registry name; for weights on the hub, their id.
+        loader: builds it.
+        licence: SPDX identifier of the weights' licence.
+        note: one line on what it is and what its licence asks.
+        commercial_alternative: name of an equivalent whose licence allows commercial use, if there is one.
+        folder: where weights that ship with the package are; None for others.
+    """
+
+    name: str
+    loader: TeacherLoader
+    licence: str
+    note: str
+    commercial_alternative: str | None = None
+    folder: Path | None = None
+
+
+TEACHERS: Registry[TeacherCard] = Registry("teacher")
+
+RANDOM = "random:"
+"""Before a teacher's name: its architecture with random weights."""
+RANDOM_LICENCE = "Apache-2.0"
+"""Of random weights, which are this package's own."""
+Framing = Literal["fit", "pad"]
+
+_announced: set[str] = set()
+
+
+def announce_licence(name: str, licence: str) -> None:
+    """Say once (in the first process of a run) under which licence a teacher's weights are used.
+
+    Cached features fall under the licence of the weights that made them. Random weights have none.
+    """
+    if name in _announced or name.startswith(RANDOM) or os.environ.get("RANK", "0") != "0":
+        return
+    _announced.add(name)
+    card = TEACHERS.get(name) if name in TEACHERS else None
+    parts = [f"teacher {name!r}: weights under {licence}."]
+    if card is not None:
+        parts.append(card.note)
+        if card.commercial_alternative is not None:
+            parts.append(f"For commercial use: {card.commercial_alternative!r}.")
+    logger.warning(" ".join(parts))
