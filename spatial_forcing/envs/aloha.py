@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
-from spatial_forcing.envs.base import LazyImages, check_step, episode_start
-from spatial_forcing.envs.rendering import FastRenderer, ensure_gl, extrinsics, intrinsics
-from spatial_forcing.errors import ConfigError, EnvironmentSetupError
+from spatial_forcing.envs.base import episode_start
+from spatial_forcing.envs.gl import ensure_gl
+from spatial_forcing.envs.simulated import SimulatedEnv
+from spatial_forcing.errors import EnvironmentSetupError
 from spatial_forcing.protocols import Observation
 from spatial_forcing.registry import unknown
 
@@ -38,7 +37,7 @@ SOLVED = 4
 MAX_HORIZON = 2000
 
 
-class AlohaEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
+class AlohaEnv(SimulatedEnv):
     """One simulated ALOHA task; implements `protocols.Env`.
 
     Observation: `images` (H, W, 3) uint8 by camera, rendered when read; `state` (14,) float32 in the order of
@@ -69,47 +68,18 @@ class AlohaEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     ) -> None:
         if task not in INSTRUCTIONS:
             raise unknown("ALOHA task", task, INSTRUCTIONS)
-        if not 1 <= horizon <= MAX_HORIZON:
-            raise ConfigError(f"horizon is {horizon}; expected 1 to {MAX_HORIZON}.")
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if height < 1 or width < 1:
-            raise ConfigError(f"image_size is {image_size}; expected 1 or more pixels a side.")
         self._sim, self._place = _make_simulator(task)
-        self._model, self._data = self._sim.physics.model.ptr, self._sim.physics.data.ptr
-        known = [self._model.camera(i).name for i in range(self._model.ncam)]
-        for camera in cameras:
-            if camera not in known:
-                raise unknown(f"camera of {task}", camera, known)
-        if len(set(cameras)) != len(tuple(cameras)) or not cameras:
-            raise ConfigError(f"cameras are {tuple(cameras)}; expected one or more different names.")
-        self._task, self._cameras, self._horizon = task, tuple(cameras), horizon
-        self._height, self._width = height, width
-        self._renderer: FastRenderer | None = None
-        self._state = np.zeros(len(JOINTS), np.float32)
-        self._steps: int | None = None
-        self._moment = 0
-        self.action_space = spaces.Box(*_joint_limits(self._model), dtype=np.float32)
-        image = spaces.Box(0, 255, (height, width, 3), np.uint8)
-        self.observation_space: Any = spaces.Dict(
-            images=spaces.Dict(dict.fromkeys(self._cameras, image)),
-            state=spaces.Box(-np.inf, np.inf, (len(JOINTS),), np.float32),
-            task=spaces.Text(max_length=200, charset=frozenset(INSTRUCTIONS[task])),
+        self._joints = np.zeros(len(JOINTS), np.float32)
+        super().__init__(
+            task,
+            INSTRUCTIONS[task],
+            cameras=cameras,
+            image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
+            horizon=horizon,
+            actions=_joint_limits(self._model),
+            state_dim=len(JOINTS),
+            max_horizon=MAX_HORIZON,
         )
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """Names of the cameras in the observation."""
-        return self._cameras
-
-    @property
-    def task(self) -> str:
-        """The task's name."""
-        return self._task
-
-    @property
-    def horizon(self) -> int:
-        """Steps after which an episode is truncated."""
-        return self._horizon
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -128,50 +98,29 @@ class AlohaEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         if seed is None:
             seed = int(self.np_random.integers(2**31))
         self._place(seed)
-        self._state = np.asarray(self._sim.reset().observation["qpos"], np.float32)
-        self._steps = 0
-        return self._observe(), {"success": False, "seed": seed}
-
-    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Apply one action; returns (observation, reward 0 to 4, False, truncated, {"success": bool}).
-
-        Raises:
-            DataError: the action's shape is not (14,), or a value is not finite.
-            ConfigError: the episode has not begun or is over.
-        """
-        action = check_step(action, len(JOINTS), self, self._steps, "finite joint positions")
-        assert self._steps is not None
-        limits = self.action_space
-        moved = self._sim.step(np.clip(action, limits.low, limits.high))
-        self._state = np.asarray(moved.observation["qpos"], np.float32)
-        self._steps += 1
-        success = moved.reward == SOLVED
-        truncated = self._steps >= self._horizon
-        return self._observe(), float(moved.reward), False, truncated, {"success": success}
+        self._joints = np.asarray(self._sim.reset().observation["qpos"], np.float32)
+        return self._begin_episode(), {"success": False, "seed": seed}
 
     def close(self) -> None:
         """Free the renderer and the simulator; harmless when repeated."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        super().close()
         self._sim.close()
 
-    def camera_parameters(self, camera: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """K (3, 3) in pixels and world_from_camera (4, 4) of the image, at this moment; OpenCV axes."""
-        if camera not in self._cameras:
-            raise unknown(f"camera of this {self._task}", camera, self._cameras)
-        return intrinsics(self._model, camera, self._height, self._width), extrinsics(self._data, camera)
+    @property
+    def _model(self) -> Any:
+        return self._sim.physics.model.ptr
 
-    def _observe(self) -> Observation:
-        self._moment += 1
-        moment = self._moment
-        images = LazyImages(self._cameras, self._render, lambda: moment == self._moment)
-        return {"images": images, "state": self._state.copy(), "task": INSTRUCTIONS[self._task]}
+    @property
+    def _data(self) -> Any:
+        return self._sim.physics.data.ptr
 
-    def _render(self, camera: str) -> NDArray[np.uint8]:
-        if self._renderer is None:  # physics alone needs no GL context
-            self._renderer = FastRenderer(self._model, self._height, self._width)
-        return self._renderer.rgb(self._data, camera)
+    def _apply(self, action: NDArray[np.float32]) -> tuple[float, bool, bool]:
+        moved = self._sim.step(action)
+        self._joints = np.asarray(moved.observation["qpos"], np.float32)
+        return float(moved.reward), moved.reward == SOLVED, False
+
+    def _state(self) -> NDArray[np.float32]:
+        return self._joints.copy()
 
 
 def _make_simulator(task: str) -> tuple[Any, Any]:

@@ -160,16 +160,19 @@ def episode_start(
 
 
 def check_step(
-    action: NDArray[Any], size: int, env: Env, steps: int | None, expected: str = "finite numbers"
+    action: NDArray[Any],
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    env: Env,
+    steps: int | None,
 ) -> NDArray[np.float32]:
-    """The action as (size,) float32, if `step` may take it now.
+    """The action as (action_dim,) float32, if `step` may take it now.
 
     Args:
         action: what the policy gave.
-        size: numbers of an action.
+        low, high: (action_dim,), what actions are clipped to.
         env: for the messages.
         steps: of the episode so far; None before the first reset.
-        expected: what the numbers are, for the message.
 
     Raises:
         ConfigError: the episode has not begun or is over.
@@ -179,8 +182,11 @@ def check_step(
         state = "has not begun" if steps is None else f"was truncated after {env.horizon} steps"
         raise ConfigError(f"the episode of {env.task} {state}; call reset() before step().")
     action = np.asarray(action, np.float32)
-    if action.shape != (size,) or not np.isfinite(action).all():
-        raise DataError(f"action {action.tolist()} for {env.task}; expected {size} {expected}.")
+    if action.shape != low.shape or not np.isfinite(action).all():
+        raise DataError(
+            f"action {action.tolist()} for {env.task}; expected {low.size} finite numbers in "
+            f"[{low.min():g}, {high.max():g}]."
+        )
     return action
 
 

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
-from spatial_forcing.envs.base import EVALUATION_SEEDS, LazyImages, check_step, episode_start
+from spatial_forcing.envs.base import EVALUATION_SEEDS, episode_start
 from spatial_forcing.envs.libero_conventions import (
     NO_OP,
     Orientation,
@@ -36,8 +34,8 @@ from spatial_forcing.envs.libero_setup import (
     uses_stand_ins,
 )
 from spatial_forcing.envs.libero_tasks import CAMERAS, HORIZONS, INIT_STATES, Horizons, parse_task
-from spatial_forcing.envs.rendering import FastRenderer, extrinsics, intrinsics
-from spatial_forcing.errors import ConfigError
+from spatial_forcing.envs.renderer import FastRenderer
+from spatial_forcing.envs.simulated import Frame, SimulatedEnv
 from spatial_forcing.protocols import Observation
 from spatial_forcing.registry import unknown
 
@@ -46,7 +44,7 @@ SETTLE_STEPS = 10
 """Steps without motion after every reset, while objects come to rest; not counted in the horizon."""
 
 
-class LiberoEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
+class LiberoEnv(SimulatedEnv):
     """One LIBERO task; implements `protocols.Env`.
 
     `reset(seed=EVALUATION_SEEDS[i])`, or `options={"init_state": i}`, starts from official state i (modulo
@@ -87,56 +85,23 @@ class LiberoEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         check_conventions(orientation, rotation)
         if horizons not in HORIZONS:
             raise unknown("horizons", horizons, HORIZONS)
-        self._horizon = HORIZONS[horizons][suite] if horizon is None else horizon
-        if self._horizon < 1 or image_size < 1:
-            raise ConfigError(f"horizon {self._horizon} and image_size {image_size} must be at least 1.")
-        self._task, self._cameras, self._size = task, tuple(cameras), image_size
         self._orientation, self._rotation = orientation, rotation
         self._perturbation = Perturbation.parse(perturbation)
-        self._instruction = instruction_of(task_entry(task))
         self._inits = init_states(task)
         with _private_random(0):
             self._sim = _make_simulator(task)
-        known = [self._model.camera(i).name for i in range(self._model.ncam)]
-        for camera in self._cameras:
-            if camera not in known:
-                raise unknown(f"camera of {task}", camera, known)
-        if not self._cameras or len(set(self._cameras)) != len(self._cameras):
-            raise ConfigError(f"cameras are {self._cameras}; expected one or more different names.")
+        self._raw: dict[str, Any] = {}
+        super().__init__(
+            task,
+            instruction_of(task_entry(task)),
+            cameras=cameras,
+            image_size=(image_size, image_size),
+            horizon=HORIZONS[horizons][suite] if horizon is None else horizon,
+            actions=(-np.ones(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32)),
+            state_dim=STATE_DIM,
+        )
         self._placed = _unplaced(self._sim)
         self._perturbation.apply(self._model, self._cameras)
-        self._renderer: FastRenderer | None = None
-        self._raw: dict[str, Any] = {}
-        self._steps: int | None = None
-        self._moment = 0
-        self._frames: dict[str, tuple[NDArray[np.uint8], NDArray[np.float32]]] = {}
-        self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
-        image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space: Any = spaces.Dict(
-            images=spaces.Dict(dict.fromkeys(self._cameras, image)),
-            state=spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32),
-            task=spaces.Text(max_length=200, charset=frozenset(self._instruction)),
-        )
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """Names of the cameras in the observation."""
-        return self._cameras
-
-    @property
-    def task(self) -> str:
-        """The task's name."""
-        return self._task
-
-    @property
-    def instruction(self) -> str:
-        """The task in words."""
-        return self._instruction
-
-    @property
-    def horizon(self) -> int:
-        """Steps after which an episode is truncated."""
-        return self._horizon
 
     @property
     def stand_ins(self) -> bool:
@@ -160,25 +125,9 @@ class LiberoEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             self._sim.set_init_state(self._inits[init % len(self._inits)])
         return self._settle(seed), {"success": False, "seed": seed, "init_state": init}
 
-    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Apply one action; (observation, reward, terminated on success, truncated, {"success": bool}).
-
-        Raises:
-            DataError: the action's shape is not (7,), or a value is not finite.
-            ConfigError: the episode has not begun or is over.
-        """
-        action = check_step(action, ACTION_DIM, self, self._steps)
-        assert self._steps is not None
-        self._raw, reward, done, _ = self._sim.step(np.clip(action, -1, 1))
-        self._steps += 1
-        success = bool(done)
-        return self._observe(), float(reward), success, self._steps >= self._horizon, {"success": success}
-
     def close(self) -> None:
         """Free the renderer and the simulator; harmless when repeated."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        super().close()
         if self._sim is not None:
             self._sim.close()
             self._sim = None
@@ -210,23 +159,14 @@ class LiberoEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """The objects that the goal names, in its order."""
         return tuple(self._sim.env.obj_of_interest)
 
-    def site_position(self, name: str) -> NDArray[np.float64]:
-        """(3,) metres of a site of the scene, e.g. a place on a fixture. Privileged."""
-        return np.array(self._sim.sim.data.get_site_xpos(name), np.float64)
-
     def hand(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Hand position (3,) in metres and finger positions (2,)."""
         return np.array(self._raw["robot0_eef_pos"]), np.array(self._raw["robot0_gripper_qpos"])
 
-    def depth(self, camera: str) -> NDArray[np.float32]:
-        """(image_size, image_size) float32 metres along the optical axis, oriented like the image."""
-        return self._frame(self._check(camera))[1].copy()
-
     def camera_parameters(self, camera: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """K (3, 3) in pixels of the oriented image, and world_from_camera (4, 4); OpenCV axes."""
-        name = self._check(camera)
-        K = intrinsics(self._model, name, self._size, self._size)
-        return oriented_intrinsics(K, self._size, self._orientation), extrinsics(self._data, name)
+        """See `SimulatedEnv`; of the oriented image."""
+        K, pose = super().camera_parameters(camera)
+        return oriented_intrinsics(K, self._size[0], self._orientation), pose
 
     @property
     def _model(self) -> Any:
@@ -250,36 +190,26 @@ class LiberoEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._perturbation.begin(seed)
         for _ in range(SETTLE_STEPS):
             self._raw, _, _, _ = self._sim.step(NO_OP)
-        self._steps = 0
-        return self._observe()
+        return self._begin_episode()
 
-    def _observe(self) -> Observation:
-        self._moment += 1
-        self._frames = {}
-        moment = self._moment
-        images = LazyImages(
-            self._cameras, lambda camera: self._frame(camera)[0], lambda: moment == self._moment
-        )
+    def _apply(self, action: NDArray[np.float32]) -> tuple[float, bool, bool]:
+        self._raw, reward, done, _ = self._sim.step(action)
+        return float(reward), bool(done), bool(done)
+
+    def _state(self) -> NDArray[np.float32]:
         raw = self._raw
         turn = quat_to_axis_angle(raw["robot0_eef_quat"], self._rotation)
-        state = np.concatenate([raw["robot0_eef_pos"], turn, raw["robot0_gripper_qpos"]]).astype(np.float32)
-        return {"images": images, "state": state, "task": self._instruction}
+        return np.concatenate([raw["robot0_eef_pos"], turn, raw["robot0_gripper_qpos"]]).astype(np.float32)
 
-    def _frame(self, camera: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        if self._renderer is None:
-            self._renderer = FastRenderer(self._model, self._size, self._size)
-            self._renderer.option.geomgroup[0] = 0  # collision shapes
-            self._renderer.option.sitegroup[:] = 0
-        if camera not in self._frames:
-            rgb, depth = self._renderer.rgbd(self._data, camera)
-            rgb = self._perturbation.noise(rgb, self._steps or 0, camera)
-            self._frames[camera] = (oriented(rgb, self._orientation), oriented(depth, self._orientation))
-        return self._frames[camera]
+    def _new_renderer(self) -> FastRenderer:
+        renderer = super()._new_renderer()
+        renderer.option.geomgroup[0] = 0  # collision shapes
+        renderer.option.sitegroup[:] = 0
+        return renderer
 
-    def _check(self, camera: str) -> str:
-        if camera not in self._cameras:
-            raise unknown(f"camera of this {self._task}", camera, self._cameras)
-        return camera
+    def _deliver(self, camera: str, frame: Frame) -> Frame:
+        rgb = self._perturbation.noise(frame[0], self._steps or 0, camera)
+        return oriented(rgb, self._orientation), oriented(frame[1], self._orientation)
 
 
 def _make_simulator(task: str) -> Any:

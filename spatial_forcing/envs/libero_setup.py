@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from spatial_forcing.envs.gl import ensure_gl
 from spatial_forcing.envs.libero_tasks import COUNTS, parse_task
-from spatial_forcing.envs.rendering import ensure_gl
 from spatial_forcing.errors import ConfigError, EnvironmentSetupError
 from spatial_forcing.registry import unknown
 

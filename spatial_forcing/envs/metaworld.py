@@ -10,15 +10,15 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
-from spatial_forcing.envs.base import LazyImages, check_step, episode_start
+from spatial_forcing.envs.base import episode_start
+from spatial_forcing.envs.camera import extrinsics
+from spatial_forcing.envs.gl import ensure_gl
 from spatial_forcing.envs.metaworld_tasks import INSTRUCTIONS
-from spatial_forcing.envs.rendering import FastRenderer, ensure_gl, extrinsics, intrinsics, project
-from spatial_forcing.errors import ConfigError, EnvironmentSetupError
+from spatial_forcing.envs.simulated import Frame, SimulatedEnv
+from spatial_forcing.errors import EnvironmentSetupError
 from spatial_forcing.protocols import Observation
 from spatial_forcing.registry import unknown
 
@@ -31,11 +31,9 @@ CORNER2_POSITION = (0.75, 0.075, 0.7)
 """Closer to the table than the benchmark's own, as LeRobot places it."""
 ROTATED_CAMERAS = frozenset({"corner", "corner2", "corner3", "corner4"})
 """Mounted upside down in the simulator; their images are turned by 180 degrees."""
-GOAL_MARGIN = 0.06
-"""Metres that a goal may lie behind the visible surface and still be seen: it may be inside its object."""
 
 
-class MetaWorldEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
+class MetaWorldEnv(SimulatedEnv):
     """One Meta-World task; implements `protocols.Env`.
 
     Observation: `images` (image_size, image_size, 3) uint8 by camera, upright, rendered when read; `state`
@@ -64,50 +62,18 @@ class MetaWorldEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     ) -> None:
         if task not in INSTRUCTIONS:
             raise unknown("Meta-World task", task, INSTRUCTIONS)
-        if not 1 <= horizon <= MAX_HORIZON:
-            raise ConfigError(f"horizon is {horizon}; expected 1 to {MAX_HORIZON} (Meta-World's own limit).")
-        if image_size < 1:
-            raise ConfigError(f"image_size is {image_size}; expected 1 or more.")
         self._sim = _make_simulator(task)
-        known = [self._sim.model.camera(i).name for i in range(self._sim.model.ncam)]
-        for camera in cameras:
-            if camera not in known:
-                raise unknown(f"camera of {task}", camera, known)
-        if len(set(cameras)) != len(tuple(cameras)) or not cameras:
-            raise ConfigError(f"cameras are {tuple(cameras)}; expected one or more different names.")
-        self._task, self._cameras, self._size, self._horizon = task, tuple(cameras), image_size, horizon
-        self._renderer: FastRenderer | None = None
         self._full = np.zeros(0)
-        self._steps: int | None = None
-        self._moment = 0
-        self._frames: dict[str, tuple[NDArray[np.uint8], NDArray[np.float32]]] = {}
-        self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
-        image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space: Any = spaces.Dict(
-            images=spaces.Dict(dict.fromkeys(self._cameras, image)),
-            state=spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32),
-            task=spaces.Text(max_length=200, charset=frozenset(INSTRUCTIONS[task])),
+        super().__init__(
+            task,
+            INSTRUCTIONS[task],
+            cameras=cameras,
+            image_size=(image_size, image_size),
+            horizon=horizon,
+            actions=(-np.ones(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32)),
+            state_dim=STATE_DIM,
+            max_horizon=MAX_HORIZON,
         )
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """Names of the cameras in the observation."""
-        return self._cameras
-
-    @property
-    def task(self) -> str:
-        """The task's name."""
-        return self._task
-
-    @property
-    def instruction(self) -> str:
-        """The task in words."""
-        return INSTRUCTIONS[self._task]
-
-    @property
-    def horizon(self) -> int:
-        """Steps after which an episode is truncated."""
-        return self._horizon
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -126,28 +92,11 @@ class MetaWorldEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         if scene is None:
             scene = int(self.np_random.integers(2**31))
         self._full = _start_episode(self._sim, scene)
-        self._steps = 0
-        return self._observe(), {"success": False, "seed": scene}
-
-    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Apply one action; returns (observation, reward, False, truncated, {"success": bool}).
-
-        Raises:
-            DataError: the action's shape is not (4,), or a value is not finite.
-            ConfigError: the episode has not begun or is over.
-        """
-        action = check_step(action, ACTION_DIM, self, self._steps, "finite numbers in [-1, 1]")
-        assert self._steps is not None
-        self._full, reward, _, _, info = self._sim.step(np.clip(action, -1, 1))
-        self._steps += 1
-        success = bool(info["success"])
-        return self._observe(), float(reward), False, self._steps >= self._horizon, {"success": success}
+        return self._begin_episode(), {"success": False, "seed": scene}
 
     def close(self) -> None:
         """Free the renderer and the simulator; harmless when repeated."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        super().close()
         self._sim.close()
 
     def expert(self) -> MetaWorldExpert:
@@ -162,55 +111,29 @@ class MetaWorldEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """(3,) metres, world frame. Privileged."""
         return np.array(self._sim._target_pos, np.float64)
 
-    def depth(self, camera: str) -> NDArray[np.float32]:
-        """(image_size, image_size) float32 metres along the optical axis, now, aligned with the image.
-
-        Costs nothing when the image has been read, and the other way round. The sky reads over 100 m.
-        """
-        return self._frame(self._check(camera))[1].copy()
-
     def camera_parameters(self, camera: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """K (3, 3) in pixels and world_from_camera (4, 4) of the image as delivered, at this moment.
+        """See `SimulatedEnv`; of an image that is turned, too."""
+        K, _ = super().camera_parameters(camera)
+        return K, extrinsics(self._data, camera, rotated=camera in ROTATED_CAMERAS)
 
-        OpenCV axes; pixel (row i, column j) is centred at (j + 0.5, i + 0.5).
-        """
-        name = self._check(camera)
-        K = intrinsics(self._sim.model, name, self._size, self._size)
-        return K, extrinsics(self._sim.data, name, rotated=camera in ROTATED_CAMERAS)
+    @property
+    def _model(self) -> Any:
+        return self._sim.model
 
-    def goal_visible(self, camera: str) -> bool:
-        """True when the goal lies inside this camera's image and nothing stands in front of it."""
-        K, pose = self.camera_parameters(camera)
-        (x, y), distance = project(self.goal_position(), K, pose)
-        if not (distance > 0 and 0 <= x < self._size and 0 <= y < self._size):
-            return False
-        return bool(self.depth(camera)[int(y), int(x)] > distance - GOAL_MARGIN)
+    @property
+    def _data(self) -> Any:
+        return self._sim.data
 
-    def _observe(self) -> Observation:
-        self._moment += 1
-        self._frames = {}
-        moment = self._moment
-        images = LazyImages(
-            self._cameras, lambda camera: self._frame(camera)[0], lambda: moment == self._moment
-        )
-        state = self._full[:STATE_DIM].astype(np.float32)
-        return {"images": images, "state": state, "task": self.instruction}
+    def _apply(self, action: NDArray[np.float32]) -> tuple[float, bool, bool]:
+        self._full, reward, _, _, info = self._sim.step(action)
+        return float(reward), bool(info["success"]), False
 
-    def _frame(self, camera: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """Image and depth of this moment, as delivered."""
-        # Made at the first image: physics alone (an expert's success rate) needs no GL context.
-        if self._renderer is None:
-            self._renderer = FastRenderer(self._sim.model, self._size, self._size)
-        if camera not in self._frames:
-            rgb, depth = self._renderer.rgbd(self._sim.data, camera)
-            turn = camera in ROTATED_CAMERAS
-            self._frames[camera] = (_turned(rgb), _turned(depth)) if turn else (rgb, depth)
-        return self._frames[camera]
+    def _state(self) -> NDArray[np.float32]:
+        return self._full[:STATE_DIM].astype(np.float32)
 
-    def _check(self, camera: str) -> str:
-        if camera not in self._cameras:
-            raise unknown(f"camera of this {self._task}", camera, self._cameras)
-        return camera
+    def _deliver(self, camera: str, frame: Frame) -> Frame:
+        rgb, depth = frame
+        return (_turned(rgb), _turned(depth)) if camera in ROTATED_CAMERAS else frame
 
 
 class MetaWorldExpert:
@@ -276,33 +199,3 @@ def _start_episode(sim: Any, seed: int) -> NDArray[np.float64]:
 
 def _turned(image: NDArray[Any]) -> NDArray[Any]:
     return image[::-1, ::-1].copy()
-
-
-def frames_per_minute(task: str, *, frames: int = 300, image_size: int = 128, depth: bool = False) -> float:
-    """Speed of expert episodes with every frame of both default cameras rendered, on this process's core.
-
-    Args:
-        task: a name like "reach-v3".
-        frames: two-camera frames to time; set-up is not counted.
-        image_size: pixels on a side.
-        depth: render depth too.
-    """
-    import time
-
-    env = MetaWorldEnv(task, image_size=image_size)
-    expert = env.expert()
-    dict(env.reset(seed=0)[0]["images"])  # makes the renderer
-    done, seed, started = 0, 0, time.perf_counter()
-    while done < frames:
-        observation, info = env.reset(seed=seed)
-        truncated = False
-        while not (truncated or info["success"] or done >= frames):
-            dict(observation["images"])
-            if depth:
-                for camera in env.cameras:
-                    env.depth(camera)
-            done += 1
-            observation, _, _, truncated, info = env.step(expert.action(env))
-        seed += 1
-    env.close()
-    return 60 * done / (time.perf_counter() - started)

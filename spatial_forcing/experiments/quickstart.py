@@ -25,7 +25,7 @@ from spatial_forcing.analysis.report import Section, pca_rows
 from spatial_forcing.data import Dataset
 from spatial_forcing.data.record import RecordConfig, record
 from spatial_forcing.envs.base import EVALUATION_SEEDS
-from spatial_forcing.envs.rendering import ensure_gl
+from spatial_forcing.envs.gl import ensure_gl
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.experiments.checks import check_folder
 from spatial_forcing.experiments.config import CompareConfig, cells, train_config

@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from spatial_forcing.envs.rendering import FastRenderer, extrinsics
+from spatial_forcing.envs.camera import extrinsics
+from spatial_forcing.envs.renderer import FastRenderer
 from spatial_forcing.nano_teacher.cameras import Camera
 from spatial_forcing.nano_teacher.tasks import scene_file
 

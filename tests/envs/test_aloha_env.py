@@ -146,7 +146,7 @@ def test_camera_parameters(env):
         ({"cameras": ("cam_high",)}, "unknown camera of aloha-transfer-cube 'cam_high'"),
         ({"cameras": ("top", "top")}, "different names"),
         ({"horizon": 0}, "horizon is 0"),
-        ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": 0}, "image_size is .0, 0"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

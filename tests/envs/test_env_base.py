@@ -9,6 +9,9 @@ from spatial_forcing.envs.base import EVALUATION_SEEDS, check_step, episode_star
 from spatial_forcing.errors import ConfigError, DataError
 
 
+LOW, HIGH = np.full(2, -4, np.float32), np.full(2, 4, np.float32)
+
+
 class Clock:
     task, horizon = "reach-v3", 3
 
@@ -31,7 +34,7 @@ def test_another_option():
 
 
 def test_an_action_in_time_is_taken_as_float32():
-    taken = check_step(np.array([1, 2]), 2, Clock(), 2)
+    taken = check_step(np.array([1, 2]), LOW, HIGH, Clock(), 2)
     assert taken.dtype == np.float32
     assert taken.tolist() == [1, 2]
 
@@ -39,10 +42,10 @@ def test_an_action_in_time_is_taken_as_float32():
 @pytest.mark.parametrize(("steps", "state"), [(None, "has not begun"), (3, "was truncated after 3 steps")])
 def test_an_action_out_of_time(steps, state):
     with pytest.raises(ConfigError, match=rf"reach-v3 {state}; call reset\(\)"):
-        check_step(np.zeros(2), 2, Clock(), steps)
+        check_step(np.zeros(2), LOW, HIGH, Clock(), steps)
 
 
 @pytest.mark.parametrize("action", [np.zeros(3), np.zeros((1, 2)), [0, np.nan], [np.inf, 0]])
 def test_an_action_of_another_kind(action):
-    with pytest.raises(DataError, match="for reach-v3; expected 2 joint angles"):
-        check_step(action, 2, Clock(), 0, "joint angles")
+    with pytest.raises(DataError, match=r"for reach-v3; expected 2 finite numbers in \[-4, 4\]"):
+        check_step(action, LOW, HIGH, Clock(), 0)

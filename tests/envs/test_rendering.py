@@ -9,15 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatial_forcing.envs import rendering
-from spatial_forcing.envs.rendering import (
-    FastRenderer,
-    backproject,
-    ensure_gl,
-    extrinsics,
-    intrinsics,
-    project,
-)
+from spatial_forcing.envs import gl
+from spatial_forcing.envs.camera import backproject, extrinsics, intrinsics, project
+from spatial_forcing.envs.gl import ensure_gl
+from spatial_forcing.envs.renderer import FastRenderer
 from spatial_forcing.errors import ConfigError, EnvironmentSetupError
 
 ensure_gl()
@@ -149,8 +144,8 @@ def test_close_can_be_repeated_and_then_drawing_is_refused():
 
 
 def set_backends(monkeypatch, **works):
-    monkeypatch.setattr(rendering, "_BACKENDS", {name: lambda w=w: w for name, w in works.items()})
-    monkeypatch.setattr(rendering.sys, "platform", "linux")
+    monkeypatch.setattr(gl, "_BACKENDS", {name: lambda w=w: w for name, w in works.items()})
+    monkeypatch.setattr(gl.sys, "platform", "linux")
     monkeypatch.delenv("MUJOCO_GL", raising=False)
 
 
@@ -187,7 +182,7 @@ def test_mujoco_may_have_been_imported_before_the_choice(tmp_path):
     """Without a display mujoco's own default cannot render; ours must, and exit quietly."""
     script = (
         "import mujoco\n"
-        "from spatial_forcing.envs.rendering import FastRenderer\n"
+        "from spatial_forcing.envs.renderer import FastRenderer\n"
         f"m = mujoco.MjModel.from_xml_string({SCENE!r})\n"
         "d = mujoco.MjData(m); mujoco.mj_forward(m, d)\n"
         "r = FastRenderer(m, 16, 16)\n"
