@@ -192,6 +192,10 @@ class Views:
         )
 
 
+Sequencer = Callable[[Sequence[Tensor]], Tensor]
+"""What enters a block, one tensor a call -> the sequence (B, L, D)."""
+
+
 @dataclass(frozen=True)
 class Alignment:
     """What one batch says about its visual tokens; made once by `Student.alignment`.
@@ -200,11 +204,16 @@ class Alignment:
         layout: where the tokens are.
         views: what the teacher should see, and how the student's framing maps to it.
         source: what the student made both from; it gets it back in its forward pass.
+        sequence: makes the (B, L, D) sequence that the layout speaks of from what enters a block, one tensor
+            a
+            call; None: the first call is that sequence. A vision tower that runs once a view, or with all
+            views in its batch dimension, needs it; see `as_student`.
     """
 
     layout: TokenLayout
     views: Views
     source: Any = None
+    sequence: Sequencer | None = None
 
 
 def _expect(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:

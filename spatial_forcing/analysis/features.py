@@ -15,11 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spatial_forcing.alignment import IMAGE_PREFIX, TokenLayout, Views, invert, transform, views_from_batch
+from spatial_forcing.alignment import (
+    IMAGE_PREFIX,
+    Alignment,
+    TokenLayout,
+    Views,
+    invert,
+    transform,
+    views_from_batch,
+)
 from spatial_forcing.data import Dataset
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing.layout import gather_tokens, grid_sizes
-from spatial_forcing.forcing.tap import Tap
+from spatial_forcing.forcing.tap import Tap, in_sequence
 from spatial_forcing.protocols import Observation, Student, Teacher
 from spatial_forcing.teachers.vggt import VGGTTeacher
 
@@ -113,10 +121,12 @@ def student_features(
         if isinstance(student, nn.Module):
             student.eval()
         for rows in frames.slices(batch_size):
-            layout, views = _layout_and_views(student, frames.batch(rows))
+            alignment = _whole(student.alignment(frames.batch(rows)))
+            layout, views = alignment.layout, alignment.views
             with tap.armed() as states, torch.inference_mode():
                 student.act(frames.observations(rows), torch.Generator().manual_seed(0))
-            for k, hidden in states.items():
+            for k, calls in states.items():
+                hidden = in_sequence(calls, alignment.sequence, k)
                 tokens = gather_tokens(hidden, layout).unflatten(1, layout.index.shape[1:])
                 parts[k].append(on_frame(tokens.float(), layout, views).cpu())
             progress("student tokens", rows.stop, len(frames))
@@ -168,12 +178,12 @@ def read_depth(dataset: Dataset, index: Sequence[int], camera: str, side: int, c
     return small.clamp(max=clip)
 
 
-def _layout_and_views(student: Student, batch: dict[str, Any]) -> tuple[TokenLayout, Views]:
-    alignment = student.alignment(batch)
+def _whole(alignment: Alignment) -> Alignment:
+    """The alignment, if every view has tokens. Raises `DataError` otherwise."""
     layout, views = alignment.layout, alignment.views
     if not bool(views.present.all()) or not bool(layout.valid.flatten(2).any(-1).all()):
         raise DataError("a view of the student is absent or has no valid token; probe it with every camera.")
-    return layout, views
+    return alignment
 
 
 def on_frame(tokens: Tensor, layout: TokenLayout, views: Views) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatial_forcing.doctor.images import ImageTensor, all_inverted, replaced, tensors
+from spatial_forcing.alignment import Sequencer
+from spatial_forcing.doctor.images import ImageTensor, Pictures, Piece, all_inverted, replaced, tensors
 from spatial_forcing.doctor.subject import Subject
 from spatial_forcing.errors import ConfigError, LayoutError, SpatialForcingError
 from spatial_forcing.forcing.tap import entering, first_norm
@@ -33,6 +34,7 @@ class Candidate:
         images: whether changed images changed that.
         mixed: whether changed text or state did, too.
         carries: whether the loss depends on it.
+        calls: how often its first block ran.
     """
 
     path: str
@@ -42,6 +44,7 @@ class Candidate:
     images: bool = False
     mixed: bool = False
     carries: bool = False
+    calls: int = 0
 
     @property
     def code(self) -> str:
@@ -107,15 +110,16 @@ def choose(
     if merging:
         return min(merging, key=lambda c: c.order or 0), candidates
     deaf = [c for c in carrying if c.mixed and not c.images]
+    # Encoders that hold the visual tokens: a vision tower, a backbone.
+    seeing = [c for c in candidates if c.carries and c.images and len(c.shape) in (3, 4)]
     listed = "; ".join(map(str, candidates))
-    if deaf:
+    if deaf and not seeing:
         raise LayoutError(
             f"the images do not enter the sequence of the decoder blocks {deaf[0].path}: changed images "
-            "leave their input as it is. A decoder that reads images by cross-attention has no visual "
-            "tokens to align (a connector whose weights are all zero looks the same); align the blocks of "
-            f"its vision tower (--blocks PATH) or choose a model with images in the sequence. Seen: {listed}."
+            "leave their input as it is. The decoder may read them by cross-attention, but no encoder was "
+            "found whose blocks hold the visual tokens and reach the loss (a connector whose weights are all "
+            f"zero looks the same). Name its blocks with --blocks PATH. Seen: {listed}."
         )
-    seeing = [c for c in carrying if c.images]
     cut = [c for c in candidates if c.images and not c.carries and len(c.shape) == 3]
     if cut and not seeing:
         raise ConfigError(
@@ -164,10 +168,10 @@ def _usable(candidate: Candidate) -> Candidate:
         raise ConfigError(
             f"the blocks {candidate.path} were never called while the loss was computed; name those that run."
         )
-    if len(candidate.shape) != 3:
+    if len(candidate.shape) not in (3, 4):
         raise ConfigError(
             f"what enters the blocks {candidate.path} has shape {candidate.shape}; expected (batch, "
-            "sequence, width)."
+            "sequence, width), or feature maps (batch, width, rows, columns)."
         )
     if not candidate.images:
         raise LayoutError(
@@ -216,6 +220,49 @@ def survey(
         candidate.carries = id(state) in reached
 
 
+def stream_of(
+    subject: Subject, batch: Mapping[str, Any], candidate: Candidate, pictures: Pictures
+) -> Piece[Sequencer] | None:
+    """How the (B, L, D) sequence is made of what enters the blocks; None: the first call is that.
+
+    Views may lie in the batch dimension, sample by sample or view by view; the blocks may run once a view;
+    the sequence may come first; a feature map is a sequence of its cells.
+    """
+    samples, views, shape = pictures.samples, pictures.views, candidate.shape
+    if len(shape) == 3 and shape[0] != samples and shape[1] == samples:
+        return Piece("lambda calls: calls[0].transpose(0, 1)", lambda calls: calls[0].transpose(0, 1))
+    maps = len(shape) == 4
+    cells, flat = (".flatten(2).transpose(1, 2)", _cells) if maps else ("", _same)
+    if candidate.calls == views > 1 and not candidate.mixed and shape[0] == samples:
+        code = (
+            f"lambda calls: torch.cat([call{cells} for call in calls], 1)"
+            if maps
+            else ("lambda calls: torch.cat(calls, 1)")
+        )
+        return Piece(code, lambda calls: torch.cat([flat(call) for call in calls], 1))
+    if shape[0] == samples * views and views > 1:
+        with torch.no_grad():
+            before, _ = _inputs(subject, batch, [candidate])
+            after, _ = _inputs(subject, next(pictures.painted(0, 1)), [candidate])
+        row = int((after[0] - before[0]).flatten(1).norm(dim=1).argmax())
+        if row == 1 and (samples > 1 or views > 1):
+            code = f"lambda calls: calls[0]{cells}.unflatten(0, (-1, {views})).flatten(1, 2)"
+            return Piece(code, lambda calls: flat(calls[0]).unflatten(0, (-1, views)).flatten(1, 2))
+        code = f"lambda calls: calls[0]{cells}.unflatten(0, ({views}, -1)).transpose(0, 1).flatten(1, 2)"
+        return Piece(
+            code, lambda calls: flat(calls[0]).unflatten(0, (views, -1)).transpose(0, 1).flatten(1, 2)
+        )
+    return Piece(f"lambda calls: calls[0]{cells}", lambda calls: flat(calls[0])) if maps else None
+
+
+def _cells(maps: Tensor) -> Tensor:
+    return maps.flatten(2).transpose(1, 2)
+
+
+def _same(sequence: Tensor) -> Tensor:
+    return sequence
+
+
 def _differs(before: Tensor, after: Tensor | None) -> bool:
     if after is None or after.shape != before.shape:
         return after is not None
@@ -228,6 +275,8 @@ def _inputs(
     """What enters each candidate's first block at its first call, in the order of the calls, and the loss."""
     seen: dict[int, Tensor] = {}
     handles = []
+    for candidate in candidates:
+        candidate.calls = 0
     for i, candidate in enumerate(candidates):
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], i: int = i) -> None:
@@ -235,6 +284,7 @@ def _inputs(
             value = value[0] if isinstance(value, (tuple, list)) and value else value
             if isinstance(value, Tensor):
                 seen.setdefault(i, value)
+                candidates[i].calls += 1
 
         handles.append(first_norm(candidate.blocks[0]).register_forward_pre_hook(hook, with_kwargs=True))
     try:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from spatial_forcing.alignment import Alignment
-from spatial_forcing.doctor.blocks import Candidate, choose
+from spatial_forcing.alignment import Alignment, Sequencer
+from spatial_forcing.doctor.blocks import Candidate, choose, stream_of
 from spatial_forcing.doctor.cost import measure
 from spatial_forcing.doctor.gradient import StandIn, follow, frozen_parts, see_tap
 from spatial_forcing.doctor.grid import Probe, find_grid, views_positions
@@ -16,7 +16,9 @@ from spatial_forcing.doctor.images import (
     ImageTensor,
     Normalisation,
     Pictures,
+    Piece,
     all_inverted,
+    count_samples,
     find_images,
     normalisation_of,
 )
@@ -66,6 +68,7 @@ class _Examination:
     probe: Probe
     pictures: Pictures
     grids: list[Tensor] | None
+    stream: Piece[Sequencer] | None
     adapter: Adapter
     forcing: SpatialForcing
     layer: int
@@ -144,9 +147,9 @@ class _Examination:
 
     def tokens(self, check: Check) -> None:
         """3: the positions of each view's tokens, found by painting, and the claim or proposal verified."""
-        self.probe = Probe(self.subject, self.blocks.blocks[0], self.batch)
-        self.found = self._used()
-        self.pictures = Pictures(self.subject, self.batch, self.found, self.probe.before.shape[0])
+        self._read_stream()
+        if self.stream is not None:
+            check.lines.append(f"the sequence is made by {self.stream.code}")
         try:
             self.grids = self._discover(check, self.options.grid)
         except LayoutError as error:
@@ -166,6 +169,27 @@ class _Examination:
         if (fault := explain(patches, layout, self.grids)) is not None:
             raise LayoutError(f"the proposed layout does not hold for all samples: {fault}")
         check.lines.append(f"{len(patches)} painted patches, each changed its own position most")
+
+    def _read_stream(self) -> None:
+        """The images in use, and the probe at the first block with the sequence that enters it."""
+        samples = count_samples(self.subject, self.batch, self.found)
+        first, blocks = self.blocks.blocks[0], self.blocks
+        self.stream = None
+        if self.subject.student is not None:
+            sequence = self._student_alignment().sequence
+            self.stream = None if sequence is None else Piece("sequence", sequence)
+        elif blocks.shape[0] != samples or not blocks.mixed:
+            pictures = Pictures(self.subject, self.batch, self.found, samples)
+            self.stream = stream_of(self.subject, self.batch, blocks, pictures)
+        sequence = None if self.stream is None else self.stream.value
+        self.probe = Probe(self.subject, first, self.batch, sequence, blocks.calls)
+        self.found = self._used()
+        self.pictures = Pictures(self.subject, self.batch, self.found, self.probe.before.shape[0])
+
+    def _student_alignment(self) -> Alignment:
+        student: Any = self.subject.student
+        alignment: Alignment = student.alignment(self.batch)
+        return alignment
 
     def _used(self) -> list[ImageTensor]:
         """The image tensors that the decoder sees, if the user named none."""
@@ -212,6 +236,7 @@ class _Examination:
         self.adapter = propose(
             self.subject,
             blocks=self.blocks,
+            stream=self.stream,
             pictures=self.pictures,
             normalisation=self.normalisation,
             grids=self.grids,

@@ -15,7 +15,7 @@ from spatial_forcing.doctor.blocks import Candidate, seeded
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing.layout import gather_tokens
 from spatial_forcing.forcing.module import SpatialForcing
-from spatial_forcing.forcing.tap import Tap
+from spatial_forcing.forcing.tap import Tap, in_sequence
 
 
 class StandIn:
@@ -73,7 +73,7 @@ def see_tap(student: Any, batch: Mapping[str, Any], layer: int, length: int) -> 
     finally:
         tap.detach()
         handle.remove()
-    shape = states[layer].shape
+    shape = in_sequence(states[layer], student.alignment(batch).sequence, layer).shape
     if shape[1] != length:
         raise ConfigError(
             f"the sequence has {length} tokens at the first decoder block, but {shape[1]} after {layer} "
@@ -152,11 +152,11 @@ def _action_gradient(forcing: SpatialForcing, batch: Mapping[str, Any], layer: i
             loss, _ = student(batch)
     finally:
         tap.detach()
-    state = states[layer]
-    if not state.requires_grad or not loss.requires_grad:
+    calls, alignment = states[layer], student.alignment(batch)
+    if not loss.requires_grad or not all(call.requires_grad for call in calls):
         return 0.0
-    (gradient,) = torch.autograd.grad(loss, [state], materialize_grads=True)
-    return float(gather_tokens(gradient, student.alignment(batch).layout).norm())
+    gradients = torch.autograd.grad(loss, calls, materialize_grads=True)
+    return float(gather_tokens(in_sequence(gradients, alignment.sequence, layer), alignment.layout).norm())
 
 
 def frozen_parts(model: nn.Module) -> list[str]:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spatial_forcing.alignment import Sequencer
 from spatial_forcing.doctor.blocks import FLOOR, seeded
 from spatial_forcing.doctor.images import Box, Pictures
 from spatial_forcing.doctor.subject import Subject
 from spatial_forcing.errors import LayoutError
 from spatial_forcing.forcing.layout import Grid
-from spatial_forcing.forcing.tap import entering, first_norm
+from spatial_forcing.forcing.tap import entering, first_norm, in_sequence
 
 RESPONDS = 1e-4
 """A position belongs to a view if painting it changes the position by this part of the largest change."""
@@ -38,7 +39,7 @@ MIN_PATCHES = 5
 
 
 class _Arrived(Exception):
-    """The first block was reached; the rest of the model need not run."""
+    """The first block has run as often as it will; the rest of the model need not run."""
 
 
 class Probe:
@@ -48,13 +49,23 @@ class Probe:
         subject: the model.
         block: its first decoder block.
         batch: the example.
+        sequence: see `Alignment.sequence`.
+        calls: how often the block runs.
 
     Raises:
         LayoutError: the input differs between two runs of the same batch.
     """
 
-    def __init__(self, subject: Subject, block: nn.Module, batch: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        block: nn.Module,
+        batch: Mapping[str, Any],
+        sequence: Sequencer | None = None,
+        calls: int = 1,
+    ) -> None:
         self.subject, self.norm = subject, first_norm(block)
+        self.sequence, self.calls = sequence, calls if sequence is not None else 1
         self.before = self.read(batch)
         if not bool(torch.isfinite(self.before).all()):
             raise LayoutError(
@@ -73,18 +84,20 @@ class Probe:
     @torch.no_grad()
     def read(self, batch: Mapping[str, Any]) -> Tensor:
         """(B, L, D) float32: what enters the first block."""
+        calls: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             value = entering(args, kwargs)
-            raise _Arrived(value[0] if isinstance(value, (tuple, list)) else value)
+            calls.append(value[0] if isinstance(value, (tuple, list)) else value)
+            if len(calls) == self.calls:
+                raise _Arrived
 
         handle = self.norm.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with seeded():
                 self.subject.run(batch)
-        except _Arrived as arrived:
-            state: Tensor = arrived.args[0].detach().float()
-            return state
+        except _Arrived:
+            return in_sequence(calls, self.sequence, 0).detach().float()
         finally:
             handle.remove()
         raise LayoutError("the first decoder block was not reached; name the blocks that run with --blocks.")

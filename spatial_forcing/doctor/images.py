@@ -6,9 +6,9 @@ Shapes: B samples, V views of a sample, N images of a tensor, H x W pixels.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,17 @@ from spatial_forcing.alignment import RANGE_TOLERANCE
 from spatial_forcing.doctor.subject import Subject
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.registry import did_you_mean
+
+Value_co = TypeVar("Value_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Piece(Generic[Value_co]):
+    """A part of the adapter: the Python that is printed, and the object that it makes."""
+
+    code: str
+    value: Value_co
+
 
 Box = tuple[int, int, int, int]
 """Pixels (y0, y1, x0, x1), ends excluded."""
@@ -91,10 +102,34 @@ class ImageTensor:
         """Python that reads `images` from `batch`."""
         return access(self.path) + (".movedim(-1, -3)" if self.last else "")
 
+    def read(self, batch: Mapping[str, Any]) -> Tensor:
+        """What `code` reads."""
+        value: Tensor = entry(batch, self.path)
+        return value.movedim(-1, -3) if self.last else value
+
 
 def access(path: Path) -> str:
     """Python that reads the entry at `path` of `batch`."""
     return "batch" + "".join(f"[{json.dumps(part)}]" for part in path)
+
+
+def entry(batch: Any, path: Path) -> Any:
+    """What `access` reads."""
+    for part in path:
+        batch = batch[part]
+    return batch
+
+
+def count_samples(subject: Subject, batch: Mapping[str, Any], found: Sequence[ImageTensor]) -> int:
+    """How many samples the batch holds: the first dimension of what is no image, else of the images."""
+    if not found:
+        assert subject.pixels is not None
+        return len(subject.pixels)
+    images = {image.path for image in found}
+    lengths = [len(v) for path, v in tensors(batch) if path not in images and v.ndim]
+    total = int(np.prod(found[0].lead))
+    whole = [n for n in lengths if n and (total if len(found) == 1 else len(found[0].images)) % n == 0]
+    return max(set(whole), key=whole.count) if whole else found[0].lead[0]
 
 
 def tensors(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
@@ -259,21 +294,26 @@ class Pictures:
             yield replaced(self.batch, image.path, copy.value)
 
     @property
-    def code(self) -> str:
-        """Python for the images of `batch` as (B, V, 3, H, W), as stored."""
-        if len(self.found) > 1:
-            images = ", ".join(image.code for image in self.found)
-            return f"torch.stack([{images}], 1)"
-        image = self.found[0]
-        if len(image.lead) > 2:
-            return f"{image.code}.flatten(1, {len(image.lead) - 1})"
-        if len(image.lead) == 2 and image.lead[0] == self.samples:
-            return image.code
-        if len(image.lead) == 2:
-            return f"{image.code}.flatten(0, 1).unflatten(0, (-1, {self.views}))"
-        return (
-            f"{image.code}[:, None]" if self.views == 1 else f"{image.code}.unflatten(0, (-1, {self.views}))"
-        )
+    def stacked(self) -> Piece[Callable[[Mapping[str, Any]], Tensor]]:
+        """How the images of `batch` become (B, V, 3, H, W), as stored."""
+        images, views = self.found, self.views
+        if len(images) > 1:
+            listed = ", ".join(image.code for image in images)
+            return Piece(f"torch.stack([{listed}], 1)", lambda b: torch.stack([i.read(b) for i in images], 1))
+        (image,) = images
+        lead, code, read = len(image.lead), image.code, image.read
+        if lead > 2:
+            return Piece(f"{code}.flatten(1, {lead - 1})", lambda b: read(b).flatten(1, lead - 1))
+        if lead == 2 and image.lead[0] == self.samples:
+            return Piece(code, read)
+        if lead == 2:
+            return Piece(
+                f"{code}.flatten(0, 1).unflatten(0, (-1, {views}))",
+                lambda b: read(b).flatten(0, 1).unflatten(0, (-1, views)),
+            )
+        if views == 1:
+            return Piece(f"{code}[:, None]", lambda b: read(b)[:, None])
+        return Piece(f"{code}.unflatten(0, (-1, {views}))", lambda b: read(b).unflatten(0, (-1, views)))
 
 
 def all_inverted(subject: Subject, batch: Mapping[str, Any], found: Sequence[ImageTensor]) -> dict[str, Any]:

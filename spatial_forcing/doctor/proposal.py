@@ -1,4 +1,4 @@
-"""The adapter to paste: `as_student(...)` lines for what was found.
+"""The adapter: `SpatialForcing` for what was found, as an object and as lines to paste.
 
 Shapes: B samples, V views, h x w tokens of a view.
 """
@@ -6,77 +6,86 @@ Shapes: B samples, V views, h x w tokens of a view.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spatial_forcing.alignment import Alignment
+from spatial_forcing.alignment import Alignment, Sequencer, TokenLayout, Views
 from spatial_forcing.doctor.blocks import Candidate
-from spatial_forcing.doctor.images import Normalisation, Pictures, access, tensors
+from spatial_forcing.doctor.images import Normalisation, Pictures, Piece, access, entry, tensors
 from spatial_forcing.doctor.subject import Subject
 from spatial_forcing.errors import ConfigError
-from spatial_forcing.forcing.adapter import ModuleStudent
+from spatial_forcing.forcing.adapter import ModuleStudent, as_student
+from spatial_forcing.forcing.config import ForcingConfig
+from spatial_forcing.forcing.layout import layout_from_input_ids, layout_from_offset
+from spatial_forcing.forcing.module import SpatialForcing
 from spatial_forcing.forcing.tap import width_of
+from spatial_forcing.protocols import Teacher
 
 CONFIG_DEPTH = 3
 """Modules nested deeper than this are not asked for their config."""
-TAKEN = {"model", "teacher", "student", "forcing", "torch", "blocks", "layout", "views", "batch"}
+TAKEN = {"model", "teacher", "student", "forcing", "torch", "blocks", "layout", "views", "batch", "calls"}
 """Names that the lines use themselves."""
 
 
 @dataclass
 class Adapter:
-    """Lines of Python that make `student` from `model`, and `forcing` from it and a `teacher`.
+    """`SpatialForcing` for a model: what is built, and the lines of Python that say the same.
 
     Attributes:
         names: imported from `spatial_forcing`.
         preamble: lines before `student = ...`, with functions that a lambda cannot hold.
-        student: the arguments of `as_student`, one a line.
-        forcing: the arguments of `SpatialForcing` after the student.
-        mine: what the lines take from the user's own code, by name.
-        torch: whether they use torch.
+        student: the arguments of `as_student` after the model.
+        layer: blocks before the tap; None: the default.
+        width: `student_dim` of `SpatialForcing`; None: read from the norms.
+        mine: names of the user's own code.
+        torch: whether the lines use torch.
         direct: the model is a student already, so `as_student` is not needed.
     """
 
     names: set[str] = field(default_factory=lambda: {"SpatialForcing", "as_student"})
     preamble: list[str] = field(default_factory=list)
-    student: list[str] = field(default_factory=list)
-    forcing: list[str] = field(default_factory=list)
-    mine: dict[str, Any] = field(default_factory=dict)
+    student: dict[str, Piece[Any]] = field(default_factory=dict)
+    layer: int | None = None
+    width: int | None = None
+    mine: set[str] = field(default_factory=set)
     torch: bool = False
     direct: bool = False
 
     @property
     def code(self) -> str:
         """The lines."""
+        names = self.names | ({"ForcingConfig"} if self.layer is not None else set())
         lines = ["import torch"] * self.torch
-        lines += [f"from spatial_forcing import {', '.join(sorted(self.names))}", ""]
+        lines += [f"from spatial_forcing import {', '.join(sorted(names))}", ""]
         lines += [*self.preamble, ""] if self.preamble else []
         lines += [f"# Your own: {', '.join(sorted(self.mine))}."] if self.mine else []
         if self.direct:
             lines += ["student = model  # a Student already"]
         else:
-            lines += self._wrapped()
-        lines += [f"forcing = SpatialForcing({', '.join(['student', 'teacher', *self.forcing])})"]
-        return "\n".join(lines)
+            arguments = [f"    {name}={piece.code}," for name, piece in self.student.items()]
+            lines += ["student = as_student(", "    model,", *arguments, ")"]
+        arguments = ["student", "teacher"]
+        arguments += [f"ForcingConfig(pairs=(({self.layer}, -1),))"] if self.layer is not None else []
+        arguments += [f"student_dim={self.width}"] if self.width is not None else []
+        return "\n".join([*lines, f"forcing = SpatialForcing({', '.join(arguments)})"])
 
-    def _wrapped(self) -> list[str]:
-        return ["student = as_student(", "    model,", *(f"    {line}," for line in self.student), ")"]
-
-    def build(self, model: nn.Module, teacher: Any) -> Any:
-        """Run the lines; the `SpatialForcing` that they make."""
-        namespace = {"model": model, "teacher": teacher, **self.mine}
-        exec(compile(self.code, "<the adapter>", "exec"), namespace)
-        return namespace["forcing"]
+    def build(self, model: nn.Module, teacher: Teacher) -> SpatialForcing:
+        """The `SpatialForcing` that the lines make."""
+        config = None if self.layer is None else ForcingConfig(pairs=((self.layer, -1),))
+        parts = {name: piece.value for name, piece in self.student.items()}
+        student = model if self.direct else as_student(model, **parts)
+        return SpatialForcing(student, teacher, config, student_dim=self.width)
 
 
 def propose(
     subject: Subject,
     *,
     blocks: Candidate,
+    stream: Piece[Sequencer] | None,
     pictures: Pictures,
     normalisation: Normalisation | None,
     grids: Sequence[Tensor] | None,
@@ -87,46 +96,50 @@ def propose(
 
     Args:
         subject: with what the user gave: own layout, views and loss are used where there are any.
-        blocks: the decoder's.
+        blocks: those that hold the visual tokens.
+        stream: how a sequence is made of what enters them, where the first call is none.
         pictures: the batch's images.
         normalisation: of the images; None with the user's own views.
         grids: (h, w) positions of each view; None with the user's own layout.
         width: of the residual stream.
         layer: blocks before the tap, if not the default.
     """
-    adapter = Adapter()
-    if layer is not None:
-        adapter.names.add("ForcingConfig")
-        adapter.forcing.append(f"ForcingConfig(pairs=(({layer}, -1),))")
+    adapter = Adapter(layer=layer)
     if _read_width(blocks.blocks) != width:
-        adapter.forcing.append(f"student_dim={width}")
+        adapter.width = width
     if subject.student is not None and not isinstance(subject.student, ModuleStudent):
         adapter.names.discard("as_student")
         adapter.direct = True
         return adapter
     own = subject.student
-    if hasattr(subject.bare, blocks.path.partition(".")[0]):
-        adapter.student.append(f"blocks={blocks.code}")
+    if isinstance(dict(subject.bare.named_modules()).get(blocks.path.partition(".")[0]), nn.Module):
+        adapter.student["blocks"] = Piece(blocks.code, blocks.blocks)
     else:
-        adapter.mine["blocks"] = blocks.blocks
-        adapter.student.append("blocks=blocks")
+        _own(adapter, "blocks", "blocks", blocks.blocks)
+    if stream is not None and own is not None:
+        _own(adapter, "sequence", "sequence", stream.value)
+    elif stream is not None:
+        adapter.torch = adapter.torch or "torch." in stream.code
+        adapter.student["sequence"] = stream
     if grids is None:
-        adapter.mine["layout"] = subject.layout or (lambda batch: _alignment(subject, batch).layout)
-        adapter.student.append("layout=layout")
+        _own(adapter, "layout", "layout", subject.layout or (lambda batch: _alignment(subject, batch).layout))
     else:
         _layout(adapter, subject, pictures, grids)
     if normalisation is None:
-        adapter.mine["views"] = subject.views or (lambda batch: _alignment(subject, batch).views)
-        adapter.student.append("views=views")
+        _own(adapter, "views", "views", subject.views or (lambda batch: _alignment(subject, batch).views))
     else:
         _views(adapter, pictures, normalisation)
     loss = subject.loss or (own._loss if own is not None else None)
     if loss is not None:
         name = getattr(loss, "__name__", "loss")
-        name = name if name.isidentifier() and name not in TAKEN else "loss"
-        adapter.mine[name] = loss
-        adapter.student.append(f"loss={name}")
+        _own(adapter, "loss", name if name.isidentifier() and name not in TAKEN else "loss", loss)
     return adapter
+
+
+def _own(adapter: Adapter, argument: str, name: str, value: Any) -> None:
+    """An argument that is the user's own object."""
+    adapter.mine.add(name)
+    adapter.student[argument] = Piece(name, value)
 
 
 def _read_width(blocks: Sequence[nn.Module]) -> int | None:
@@ -139,14 +152,15 @@ def _read_width(blocks: Sequence[nn.Module]) -> int | None:
 def _views(adapter: Adapter, pictures: Pictures, normalisation: Normalisation) -> None:
     adapter.names.add("Views")
     adapter.torch = adapter.torch or len(pictures.found) > 1
-    code = pictures.code
+    views = views_function(pictures, normalisation)
+    code = pictures.stacked.code
     plain = {
         (0.0, 1.0): "",
         (0.5, 0.5): " * 0.5 + 0.5",
         (0.0, 1 / 255): "" if normalisation.name == "uint8" else " / 255",
     }.get((normalisation.mean[0], normalisation.std[0]))
     if plain is not None:
-        adapter.student.append(f"views=lambda batch: Views.create({code}{plain})")
+        adapter.student["views"] = Piece(f"lambda batch: Views.create({code}{plain})", views)
         return
     adapter.torch = True
     adapter.preamble += [
@@ -157,58 +171,74 @@ def _views(adapter: Adapter, pictures: Pictures, normalisation: Normalisation) -
         f"    pixels = {code}",
         "    return Views.create(pixels * STD.to(pixels) + MEAN.to(pixels))",
     ]
-    adapter.student.append("views=views")
+    adapter.student["views"] = Piece("views", views)
 
 
-def views_function(pictures: Pictures, normalisation: Normalisation) -> Any:
-    """The proposed batch -> Views, run as it is printed."""
-    adapter = Adapter(names={"Views"})
-    _views(adapter, pictures, normalisation)
-    lines = ["import torch", "from spatial_forcing import Views", *adapter.preamble, *adapter.student]
-    namespace: dict[str, Any] = {}
-    exec("\n".join(lines), namespace)
-    return namespace["views"]
+def views_function(pictures: Pictures, normalisation: Normalisation) -> Callable[[Any], Views]:
+    """The proposed batch -> Views."""
+    stacked = pictures.stacked.value
+
+    def views(batch: Any) -> Views:
+        pixels = stacked(batch)
+        return Views.create(pixels if normalisation.name == "uint8" else normalisation.undo(pixels))
+
+    return views
 
 
 def _layout(adapter: Adapter, subject: Subject, pictures: Pictures, grids: Sequence[Tensor]) -> None:
-    placeholder = _placeholder(subject.example(), grids)
-    shapes = [tuple(grid.shape) for grid in grids]
-    if placeholder is not None:
+    shapes = [(grid.shape[0], grid.shape[1]) for grid in grids]
+    if (placeholder := _placeholder(subject.example(), grids)) is not None:
         path, token = placeholder
-        ids, named = access(path), _config_name(subject.bare, token)
-        sizes = f"{shapes[0]}" if len(set(shapes)) == 1 else f"[{shapes}] * len({ids})"
+        ids, alike = access(path), len(set(shapes)) == 1
+        sizes = f"{shapes[0]}" if alike else f"[{shapes}] * len({ids})"
+
+        def by_ids(batch: Any) -> TokenLayout:
+            marked = entry(batch, path)
+            return layout_from_input_ids(marked, token, shapes[0] if alike else [shapes] * len(marked))
+
         adapter.names.add("layout_from_input_ids")
-        adapter.student.append(f"layout=lambda batch: layout_from_input_ids({ids}, {named}, {sizes})")
+        named = _config_name(subject.bare, token)
+        code = f"lambda batch: layout_from_input_ids({ids}, {named}, {sizes})"
+        adapter.student["layout"] = Piece(code, by_ids)
         return
     count = _count(pictures)
     if (plain := _offset(grids)) is not None:
         start, stride = plain
         adapter.names.add("layout_from_offset")
         step = "" if stride is None else f", stride={stride}"
-        adapter.student.append(
-            f"layout=lambda batch: layout_from_offset({count}, {len(grids)}, {shapes[0]}, "
-            f"start={start}{step})"
+        adapter.student["layout"] = Piece(
+            f"lambda batch: layout_from_offset({count.code}, {len(grids)}, {shapes[0]}, start={start}{step})",
+            lambda batch: layout_from_offset(
+                count.value(batch), len(grids), shapes[0], start=start, stride=stride
+            ),
         )
         return
+    index = _index(grids)
     adapter.names.add("TokenLayout")
     adapter.torch = True
     if adapter.preamble:
         adapter.preamble.append("")
-    adapter.preamble += [*_index_code(grids), "", "def layout(batch):"]
+    adapter.preamble += [*_index_code(index), "", "def layout(batch):"]
     adapter.preamble += [
-        f"    index = INDEX.expand({count}, *INDEX.shape)",
+        f"    index = INDEX.expand({count.code}, *INDEX.shape)",
         "    return TokenLayout(index, index >= 0)",
     ]
-    adapter.student.append("layout=layout")
+
+    def by_index(batch: Any) -> TokenLayout:
+        positions = index.expand(count.value(batch), *index.shape)
+        return TokenLayout(positions, positions >= 0)
+
+    adapter.student["layout"] = Piece("layout", by_index)
 
 
-def _count(pictures: Pictures) -> str:
-    """Python for the number of samples of `batch`."""
+def _count(pictures: Pictures) -> Piece[Callable[[Any], int]]:
+    """The number of samples of `batch`."""
     first = [(image.path, image.value) for image in pictures.found]
     for path, value in [*first, *tensors(pictures.batch)]:
         if value.ndim and len(value) == pictures.samples:
-            return f"len({access(path)})"
-    return f"len({pictures.code})"
+            return Piece(f"len({access(path)})", lambda batch, path=path: len(entry(batch, path)))
+    stacked = pictures.stacked
+    return Piece(f"len({stacked.code})", lambda batch: len(stacked.value(batch)))
 
 
 def _placeholder(batch: Mapping[str, Any], grids: Sequence[Tensor]) -> tuple[tuple[Any, ...], int] | None:
@@ -255,12 +285,18 @@ def _offset(grids: Sequence[Tensor]) -> tuple[int, int | None] | None:
     return start, None if stride == size else stride
 
 
-def _index_code(grids: Sequence[Tensor]) -> list[str]:
-    """Python for INDEX, the (V, h, w) positions: by the steps of each view where they are regular."""
+def _index(grids: Sequence[Tensor]) -> Tensor:
+    """(V, h, w) positions; grids of different sizes are padded with -1."""
     h, w = (max(grid.shape[d] for grid in grids) for d in (0, 1))
     index = torch.full((len(grids), h, w), -1)
     for view, grid in enumerate(grids):
         index[view, : grid.shape[0], : grid.shape[1]] = grid
+    return index
+
+
+def _index_code(index: Tensor) -> list[str]:
+    """Python for INDEX, the (V, h, w) positions: by the steps of each view where they are regular."""
+    _, h, w = index.shape
     if h > 1 and w > 1:
         steps = torch.stack(
             [index[:, 0, 0], index[:, 1, 0] - index[:, 0, 0], index[:, 0, 1] - index[:, 0, 0]], 1
@@ -277,5 +313,5 @@ def _index_code(grids: Sequence[Tensor]) -> list[str]:
 
 def _alignment(subject: Subject, batch: Any) -> Alignment:
     student: Any = subject.student
-    found: Alignment = student.alignment(batch)
-    return found
+    alignment: Alignment = student.alignment(batch)
+    return alignment

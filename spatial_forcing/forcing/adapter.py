@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from spatial_forcing.alignment import Alignment, TokenLayout, Views
+from spatial_forcing.alignment import Alignment, Sequencer, TokenLayout, Views
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.protocols import Batch, Metrics
 
@@ -49,13 +49,14 @@ class ModuleStudent(nn.Module):
         views: Callable[[Any], Views],
         loss: Loss | None,
         final_norm: nn.Module | None,
+        sequence: Sequencer | None,
     ) -> None:
         super().__init__()
         self.model = model
         # Lists keep modules that already belong to `model` from being registered (and saved) twice.
         self._blocks = list(blocks)
         self._final_norm = [final_norm]
-        self._layout, self._views, self._loss = layout, views, loss
+        self._layout, self._views, self._loss, self._sequence = layout, views, loss, sequence
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -68,8 +69,8 @@ class ModuleStudent(nn.Module):
         return self._final_norm[0]
 
     def alignment(self, batch: Any) -> Alignment:
-        """By the two functions given to `as_student`."""
-        return Alignment(self._layout(batch), self._views(batch))
+        """By the functions given to `as_student`."""
+        return Alignment(self._layout(batch), self._views(batch), sequence=self._sequence)
 
     def forward(self, batch: Any, alignment: Alignment | None = None) -> tuple[Tensor, Metrics]:
         """The model's own loss and metrics.
@@ -95,16 +96,24 @@ def as_student(
     views: Callable[[Any], Views],
     loss: Loss | None = None,
     final_norm: nn.Module | None = None,
+    sequence: Sequencer | None = None,
 ) -> ModuleStudent:
     """Wrap any model so that `SpatialForcing` can train it.
 
     Args:
         model: the model; its parameters keep their names, and `SpatialForcing.export()` returns it.
-        blocks: its decoder blocks in order, e.g. `model.model.language_model.layers`.
+        blocks: its decoder blocks in order, e.g. `model.model.language_model.layers`; or those of an encoder
+            that holds the visual tokens (ACT, diffusion policies, a vision tower).
         layout: batch -> TokenLayout; see `layout_from_input_ids` and `layout_from_offset`.
         views: batch -> Views, images in [0, 1].
         loss: (model, batch) -> loss or (loss, metrics); default `model(**batch).loss`.
         final_norm: the norm after the last block; only needed to tap after all blocks.
+        sequence: what enters a block, one tensor a call -> (B, L, D), in which `layout` counts; default the
+            first
+            call. For an encoder with V views in its batch dimension
+            `lambda calls: calls[0].unflatten(0, (-1, V)).flatten(1, 2)`; for one that runs once a view
+            `lambda calls: torch.cat(calls, 1)`; with the sequence first `lambda calls: calls[0].transpose(0,
+            1)`; for feature maps (N, D, h, w) `calls[0].flatten(2).transpose(1, 2)` first.
 
     Raises:
         ConfigError: `blocks` is empty or holds modules that are not part of the model.
@@ -116,4 +125,6 @@ def as_student(
             f"as_student: blocks {strangers} of {len(blocks)} are not modules of {type(model).__name__}; "
             "pass its decoder layers, e.g. model.model.language_model.layers."
         )
-    return ModuleStudent(model, blocks=blocks, layout=layout, views=views, loss=loss, final_norm=final_norm)
+    return ModuleStudent(
+        model, blocks=blocks, layout=layout, views=views, loss=loss, final_norm=final_norm, sequence=sequence
+    )

@@ -30,7 +30,7 @@ from spatial_forcing.forcing.extras.widths import narrowed
 from spatial_forcing.forcing.layout import check_layout, gather_tokens, shifted
 from spatial_forcing.forcing.loss import alignment_loss, sample_cosines
 from spatial_forcing.forcing.projector import Projector
-from spatial_forcing.forcing.tap import Tap, check_trainable, width_of
+from spatial_forcing.forcing.tap import Tap, check_trainable, in_sequence, width_of
 from spatial_forcing.forcing.target import make_targets, token_validity
 from spatial_forcing.forcing.teacher_ref import TeacherRef
 from spatial_forcing.protocols import Batch, Metrics, Teacher
@@ -276,14 +276,14 @@ class SpatialForcing(nn.Module):
         return _Prepared(batch, alignment, layout, valid)
 
     @torch.compiler.disable
-    def _align(self, states: Mapping[int, Tensor], ready: _Prepared) -> tuple[Tensor, Metrics]:
+    def _align(self, states: Mapping[int, Sequence[Tensor]], ready: _Prepared) -> tuple[Tensor, Metrics]:
         """The alignment loss from captured states; scaled for ranks and micro-batches, not by alpha."""
         samples = ready.samples
         count = int(samples.sum())
         # Ranks may evaluate different numbers of batches: they never wait for each other there.
-        device = next(iter(states.values())).device
+        device = next(iter(states.values()))[0].device
         weight = self._weights.next(count, device) if self.training else 1 / max(count, 1)
-        hidden = {k: self._tokens(k, state, ready.layout) for k, state in states.items()}
+        hidden = {k: self._tokens(k, calls, ready) for k, calls in states.items()}
         targets = dict(zip(self._layers, self._targets(ready), strict=True))
         mask = ready.valid.flatten(1)
         losses, metrics = [], {}
@@ -312,11 +312,12 @@ class SpatialForcing(nn.Module):
             project = narrowed(projector, self.config.widths[i]) if self.config.widths else projector
             yield f"block{k}_teacher{layer}", project, hidden[k], layer
 
-    def _tokens(self, k: int, state: Tensor, layout: TokenLayout) -> Tensor:
+    def _tokens(self, k: int, calls: Sequence[Tensor], ready: _Prepared) -> Tensor:
+        state = in_sequence(calls, ready.alignment.sequence, k)
         if torch.is_grad_enabled() and not self._trainable_checked:
             check_trainable(state, k, self.blocks)
             self._trainable_checked = k == self._tap.depths[-1]
-        return gather_tokens(state, layout)
+        return gather_tokens(state, ready.layout)
 
     @torch.no_grad()
     def _targets(self, ready: _Prepared) -> Sequence[Tensor]:

@@ -5,7 +5,7 @@ The state after k blocks is what enters block k. It is read by a pre-hook on tha
 by one and never the block itself. Blocks without it are hooked themselves. The state after all blocks is
 what enters the final norm, or, where there is none, what leaves the last block.
 
-Hooks stay in place between forwards. They do nothing unless the tap is armed, and keep the first capture
+Hooks stay in place between forwards. They do nothing unless the tap is armed, which it is during a forward
 only: activation checkpointing runs a block (and so the hook) again during backward, and what the hook sees in
 that second run is not part of the graph that the loss was computed on.
 """
@@ -21,6 +21,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from spatial_forcing.alignment import Sequencer
 from spatial_forcing.errors import ConfigError
 
 
@@ -39,7 +40,7 @@ class Tap:
         self, blocks: Sequence[nn.Module], depths: Sequence[int], final_norm: nn.Module | None
     ) -> None:
         self.depths = tuple(dict.fromkeys(depths))
-        self._captured: dict[int, Tensor] | None = None
+        self._captured: dict[int, list[Tensor]] | None = None
         self._blocks = list(blocks)
         self._final_norm = final_norm
         self._handles: list[RemovableHandle] = []
@@ -57,18 +58,15 @@ class Tap:
         self._handles = []
 
     @contextmanager
-    def armed(self) -> Iterator[dict[int, Tensor]]:
-        """One forward of the student. The states by depth, (B, L, D) each, are in the dictionary when it
-        ends.
-
-        The first call of each block counts; later ones (recomputation, inference) are ignored.
+    def armed(self) -> Iterator[dict[int, list[Tensor]]]:
+        """One forward of the student. The states by depth are in the dictionary when it ends, one a call.
 
         Raises:
-            ConfigError: a hook never fired, or captured something that is no hidden state.
+            ConfigError: a hook never fired.
         """
         self.attach()
-        states: dict[int, Tensor] = {}
-        captured: dict[int, Tensor] = {}
+        states: dict[int, list[Tensor]] = {}
+        captured: dict[int, list[Tensor]] = {}
         self._captured = captured
         try:
             # Blocks compiled one by one share code; by default it ignores that only some of them have a hook.
@@ -80,22 +78,16 @@ class Tap:
 
     def capture(self, depth: int, value: Any) -> None:
         """What a hook calls with the state that it sees."""
-        if self._captured is not None and depth not in self._captured:
-            self._captured[depth] = _tensor(value, depth)
+        if self._captured is not None:
+            self._captured.setdefault(depth, []).append(_tensor(value, depth))
 
-    def _checked(self, k: int, captured: Mapping[int, Tensor]) -> Tensor:
+    def _checked(self, k: int, captured: Mapping[int, list[Tensor]]) -> list[Tensor]:
         if k not in captured:
             raise ConfigError(
                 f"the tap after {k} blocks never fired: {self.site(k)} was not called in the student's "
                 "forward. "
                 "Check that `blocks` lists the modules that really run, in order, and attach SpatialForcing "
                 "before the student is compiled or run."
-            )
-        if captured[k].ndim != 3:
-            raise ConfigError(
-                f"the tap after {k} blocks read a tensor of shape {tuple(captured[k].shape)}; expected "
-                "(batch, "
-                "sequence, width). Pass the decoder's blocks as `blocks`."
             )
         return captured[k]
 
@@ -111,6 +103,24 @@ class Tap:
         module = self._final_norm if k == len(self._blocks) else first_norm(self._blocks[k])
         assert module is not None
         return module.register_forward_pre_hook(_InputHook(self, k), with_kwargs=True)
+
+
+def in_sequence(calls: Sequence[Tensor], sequence: Sequencer | None, k: int) -> Tensor:
+    """The (B, L, D) sequence after `k` blocks from what was captured; see `Alignment.sequence`.
+
+    Raises:
+        ConfigError: it is no sequence.
+    """
+    state = calls[0] if sequence is None else sequence(calls)
+    if state.ndim != 3:
+        raise ConfigError(
+            f"the tap after {k} blocks read a tensor of shape {tuple(state.shape)}; expected (batch, "
+            "sequence, "
+            "width). Pass blocks between which tokens flow, or as_student(..., sequence=...), which makes "
+            "the "
+            "sequence of what enters a block (`spatial-forcing doctor` proposes it)."
+        )
+    return state
 
 
 def first_norm(block: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from spatial_forcing.doctor.examine import STEPS
 from spatial_forcing.doctor.grid import find_grid
 from spatial_forcing.errors import LayoutError
 from spatial_forcing.students import NanoConfig, NanoVLA, Pi0
-from tests.doctor.toys import toy, toy_batch
+from tests.doctor.toys import tower, toy, toy_batch
 from tests.fakes import CAMERAS, FakeStudent, FakeTeacher, fake_batch
 from tests.students.pi0_fixtures import small_config
 
@@ -72,6 +72,53 @@ def test_layouts_are_found_and_the_printed_adapter_trains(settings, expected):
     assert subject.model.embed.weight.grad.abs().max() > 0
     assert losses[-1] < 0.8 * losses[0]
     assert forcing.export() is subject.model
+
+
+SEQUENCES = {
+    "rows": "lambda calls: calls[0].unflatten(0, (-1, 2)).flatten(1, 2)",
+    "views": "lambda calls: calls[0].unflatten(0, (2, -1)).transpose(0, 1).flatten(1, 2)",
+    "calls": "lambda calls: torch.cat(calls, 1)",
+    "maps": "lambda calls: calls[0].flatten(2).transpose(1, 2).unflatten(0, (-1, 2)).flatten(1, 2)",
+    "first": "lambda calls: calls[0].transpose(0, 1)",
+}
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+@pytest.mark.parametrize("samples", [2, 3])
+def test_an_encoder_that_holds_the_tokens_is_proposed(kind, samples):
+    """The decoder reads the images by cross-attention; what is aligned is the vision tower."""
+    subject = tower(kind, samples=samples)
+    report = inspect(subject)
+    assert report.ok, report.text()
+    assert report.facts["blocks"] == "tower"
+    assert report.facts["positions"] == torch.arange(32).view(2, 4, 4).tolist()
+    assert f"sequence={SEQUENCES[kind]}" in report.adapter
+    forcing = built(report, subject)
+    optimizer = torch.optim.AdamW(forcing.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        loss, metrics = forcing(subject.batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(metrics["align_loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+    again = inspect(Subject(forcing.student, subject.batch))
+    assert again.ok, again.text()
+    assert "# Your own: sequence, views" in again.adapter
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_a_token_of_an_encoder_is_compared_with_the_target_of_its_patch(kind):
+    """What the projector gets is the tower's own state, view by view and row by row."""
+    subject = tower(kind)
+    forcing = built(inspect(subject, layer=0), subject)
+    seen = []
+    forcing.projector.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    forcing(subject.batch)
+    maps = subject.model.embed(subject.batch["pixel_values"].flatten(0, 1))
+    expected = maps.flatten(2).transpose(1, 2).unflatten(0, (2, 2)).flatten(1, 2)
+    torch.testing.assert_close(seen[0], expected)
 
 
 def test_positions_are_those_of_the_model():

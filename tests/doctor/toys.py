@@ -75,6 +75,57 @@ class Toy(nn.Module):
         return Output((self.head(read[:, -1]) - action).abs().mean())
 
 
+class Tower(nn.Module):
+    """A policy whose decoder reads a vision tower's tokens by cross-attention.
+
+    Args:
+        kind: how the tower sees the views: `rows` (sample by sample in its batch dimension), `views` (view by
+            view there), `calls` (one call a view), `maps` (convolutions, views in the batch dimension) or
+            `first` (all views in one sequence, which is the first dimension).
+    """
+
+    def __init__(self, kind, width=16, depth=4):
+        super().__init__()
+        self.kind = kind
+        self.embed, self.words = nn.Conv2d(3, width, 8, 8), nn.Embedding(50, width)
+        if kind == "maps":
+            self.tower = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(depth))
+        else:
+            self.tower = nn.ModuleList(FakeBlock(width) for _ in range(depth))
+        self.decoder = nn.ModuleList(FakeBlock(width) for _ in range(depth))
+        self.cross, self.head = nn.MultiheadAttention(width, 2, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, pixel_values, input_ids, action):
+        B, V = pixel_values.shape[:2]
+        images = pixel_values if self.kind != "views" else pixel_values.transpose(0, 1)
+        maps = self.embed(images.flatten(0, 1))
+        tokens = maps if self.kind == "maps" else maps.flatten(2).transpose(1, 2)
+        if self.kind == "calls":
+            views = tokens.unflatten(0, (B, V)).unbind(1)
+            tokens = torch.cat([nn.Sequential(*self.tower)(view) for view in views], 1)
+        else:
+            if self.kind == "first":
+                tokens = tokens.unflatten(0, (B, V)).flatten(1, 2).transpose(0, 1)
+            for block in self.tower:
+                tokens = block(tokens)
+            if self.kind == "first":
+                tokens = tokens.transpose(0, 1)
+            elif self.kind == "views":
+                tokens = tokens.unflatten(0, (V, B)).transpose(0, 1).flatten(1, 2)
+            else:
+                tokens = tokens.flatten(2).transpose(1, 2) if self.kind == "maps" else tokens
+                tokens = tokens.unflatten(0, (B, V)).flatten(1, 2)
+        hidden = self.words(input_ids)
+        for block in self.decoder:
+            hidden = block(hidden) + self.cross(hidden, tokens, tokens)[0]
+        return Output((self.head(hidden[:, -1]) - action).abs().mean())
+
+
+def tower(kind, views=2, samples=2):
+    torch.manual_seed(0)
+    return Subject(Tower(kind), toy_batch(views, samples))
+
+
 def toy_batch(views=2, samples=2):
     generator = torch.Generator().manual_seed(1)
     return {

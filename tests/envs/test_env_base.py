@@ -8,7 +8,6 @@ import pytest
 from spatial_forcing.envs.base import EVALUATION_SEEDS, check_step, episode_start
 from spatial_forcing.errors import ConfigError, DataError
 
-
 LOW, HIGH = np.full(2, -4, np.float32), np.full(2, 4, np.float32)
 
 

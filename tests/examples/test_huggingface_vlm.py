@@ -66,11 +66,9 @@ def test_the_layout_points_at_each_images_own_tokens(example):
     tap = Tap(model.model.text_model.layers, [0], None)
 
     def tokens(pixels):
-        tap.arm()
-        with torch.no_grad():
+        with tap.armed() as states, torch.no_grad():
             model(**{**batch, "pixel_values": pixels})
-        tap.disarm()
-        return gather_tokens(tap.take()[0], layout).view(*layout.index.shape, -1)
+        return gather_tokens(states[0][0], layout).view(*layout.index.shape, -1)
 
     side = example.SIZE // example.GRID[0]
     before = tokens(batch["pixel_values"])

@@ -174,7 +174,7 @@ def test_every_depth(depth, final_norm):
     batch = fake_batch()
     with tap.armed() as captured:
         _, states = student.trace(student.alignment(batch).views.images, batch["observation.state"])
-    assert torch.equal(captured[depth], states[depth])
+    assert torch.equal(captured[depth][0], states[depth])
 
 
 @pytest.mark.parametrize("settings", [None, {"use_reentrant": True}, {"use_reentrant": False}])
@@ -192,7 +192,7 @@ def test_transformers_hidden_states(settings):
     tap = Tap(model.layers, range(3), model.norm)
     with tap.armed() as captured:
         states = model(torch.arange(10)[None], output_hidden_states=True, use_cache=False).hidden_states
-    for k, state in captured.items():
+    for k, (state, *_) in captured.items():
         assert torch.equal(state, states[k])
         assert state.requires_grad
     assert width_of(model.layers, model.norm) == 8
@@ -207,7 +207,7 @@ def test_blocks_whose_parts_are_called_one_by_one():
     with tap.armed() as captured:
         block.input_layernorm(input=hidden)
         block.input_layernorm(input=hidden + 1)
-    assert captured[2] is hidden
+    assert captured[2][0] is hidden
 
 
 def test_making_and_running_a_tap_changes_no_global_state():
