@@ -73,7 +73,7 @@ def policy_settings(tokenizer: Path) -> dict[str, Any]:
 
 def forcing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What goes below `--policy.forcing.`"""
-    return {"weight": 0.5, "teacher": str(arguments.teacher), "teacher_dtype": "fp32"}
+    return {"alpha": 0.5, "teacher": str(arguments.teacher), "teacher_dtype": "fp32"}
 
 
 def train(arguments: argparse.Namespace, root: Path, tokenizer: Path) -> None:

@@ -33,7 +33,6 @@ class ForcedConfig:
         super().__post_init__()  # type: ignore[misc]
         if isinstance(self.forcing, dict):
             self.forcing = ForcingSettings(**self.forcing)
-        self.forcing.method(1)  # refuses bad settings before anything heavy
 
 
 def make_config_class(family: Family) -> type[PreTrainedConfig]:

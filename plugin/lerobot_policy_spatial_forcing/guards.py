@@ -6,6 +6,7 @@ the check is added to `TrainPipelineConfig.validate`, in memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -64,8 +65,8 @@ def check_training(config: Any) -> None:
     """
     policy: Any = config.policy
     if policy.forcing.schedule_steps is None:
-        policy.forcing.schedule_steps = config.steps
-    if policy.forcing.weight == 0:
+        policy.forcing = replace(policy.forcing, schedule_steps=config.steps)
+    if policy.forcing.alpha == 0:
         return
     check_transforms(config.dataset.image_transforms)
     if config.peft is None and not policy.use_peft and policy.family.frozen(policy):

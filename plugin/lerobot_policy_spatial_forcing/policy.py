@@ -46,7 +46,7 @@ class ForcedPolicy:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.loaded_weights = False
-        if config.forcing.weight > 0:
+        if config.forcing.alpha > 0:
             self._attach()
 
     def _attach(self) -> None:
@@ -59,14 +59,14 @@ class ForcedPolicy:
             )
         student: Any = PolicyStudent(self, family)
         layer = max(1, round(family.share * len(student.blocks)))
-        forcing = SpatialForcing(student, LazyTeacher(settings), settings.method(layer))
+        forcing = SpatialForcing(student, LazyTeacher(self.config), settings.method(layer))
         forcing.steps = Steps()
         self.get_submodule(family.holder).add_module(NAME, forcing)
         self._set_progress()
 
     @property
     def forcing(self) -> SpatialForcing | None:
-        """The alignment, or None where its weight is 0."""
+        """The alignment, or None where alpha is 0."""
         return getattr(self.get_submodule(self.family.holder), NAME, None)
 
     # ---- training
@@ -150,7 +150,7 @@ class ForcedPolicy:
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As LeRobot does; a stock checkpoint gets the new projector, weight 0 drops the old one."""
+        """As LeRobot does; a stock checkpoint gets the new projector, alpha 0 drops the old one."""
         stored = dict(state_dict)
         mark = f"{self.family.holder}.{NAME}."
         own = {key: value for key, value in self.state_dict().items() if key.startswith(mark)}
@@ -159,7 +159,7 @@ class ForcedPolicy:
             logger.info("the checkpoint holds no projector of Spatial Forcing; it starts anew.")
             stored |= own
         elif found and not own:
-            logger.info("policy.forcing.weight is 0: the checkpoint's projector is left out.")
+            logger.info("policy.forcing.alpha is 0: the checkpoint's projector is left out.")
             stored = {key: value for key, value in stored.items() if not key.startswith(mark)}
         result = super().load_state_dict(stored, strict=strict, assign=assign)
         # LeRobot's loaders go on without weights; tied ones alone may be missing.
@@ -185,7 +185,7 @@ def _check_cameras(config: Any) -> None:
     if not names:
         raise DataError(
             f"{config.type} has no image among its input features {sorted(config.input_features or {})}: the "
-            "dataset has no cameras, and Spatial Forcing aligns image tokens. Set --policy.forcing.weight=0 "
+            "dataset has no cameras, and Spatial Forcing aligns image tokens. Set --policy.forcing.alpha=0 "
             "or use a dataset with images."
         )
     unknown = [name for name in config.forcing.cameras or [] if name not in names]
@@ -204,7 +204,7 @@ def frozen_message(kind: str, blocks: int | None, remedy: str) -> str:
     return (
         f"{kind}: everything below {where} (vision tower, embeddings, decoder blocks) is frozen, so the "
         f"alignment loss would train nothing but its projector. Add {remedy}, or set "
-        "--policy.forcing.weight=0."
+        "--policy.forcing.alpha=0."
     )
 
 

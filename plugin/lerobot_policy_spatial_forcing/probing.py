@@ -49,7 +49,7 @@ class LeRobotStudent(nn.Module):
                 f"{', '.join(FAMILIES)}; add it to families.py of the plugin."
             )
         # Its own settings: every view of the sequence is probed, whichever training aligned.
-        self._view = PolicyStudent(policy, FAMILIES[kind], ForcingSettings(weight=0))
+        self._view = PolicyStudent(policy, FAMILIES[kind], ForcingSettings(alpha=0))
         self._last: tuple[Any, dict[str, Any]] | None = None
 
     @property

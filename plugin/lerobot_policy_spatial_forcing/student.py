@@ -183,12 +183,19 @@ class LazyTeacher:
     Its width and depth, which the projector needs, are kept in the policy's configuration.
     """
 
-    def __init__(self, settings: ForcingSettings) -> None:
-        self._settings = settings
+    def __init__(self, config: Any) -> None:
+        self._config = config
         self._teacher: Teacher | None = None
         self._device: torch.device | str = "cpu"
-        if settings.teacher_dim is None or settings.teacher_depth is None:
-            settings.teacher_dim, settings.teacher_depth = self.loaded.dim, self.loaded.depth
+        if self.settings.teacher_dim is None or self.settings.teacher_depth is None:
+            teacher = self.loaded
+            config.forcing = replace(self.settings, teacher_dim=teacher.dim, teacher_depth=teacher.depth)
+
+    @property
+    def settings(self) -> ForcingSettings:
+        """Those of the policy's configuration, as they are now."""
+        settings: ForcingSettings = self._config.forcing
+        return settings
 
     @property
     def loaded(self) -> Teacher:
@@ -198,7 +205,7 @@ class LazyTeacher:
             ConfigError: it is another one than the projector was made for.
         """
         if self._teacher is None:
-            settings = self._settings
+            settings = self.settings
             with torch.random.fork_rng(devices=[]):  # whatever loading draws, training is not shifted
                 teacher = self._load()
             known = (settings.teacher_dim or teacher.dim, settings.teacher_depth or teacher.depth)
@@ -212,7 +219,7 @@ class LazyTeacher:
         return self._teacher
 
     def _load(self) -> Teacher:
-        settings = self._settings
+        settings = self.settings
         if settings.cache is not None:
             return CachedTeacher(settings.cache)
         return load_teacher(
@@ -225,24 +232,42 @@ class LazyTeacher:
     @property
     def dim(self) -> int:
         """Channels of one feature."""
-        assert self._settings.teacher_dim is not None
-        return self._settings.teacher_dim
+        return self.settings.teacher_dim or self.loaded.dim
 
     @property
     def depth(self) -> int:
         """Number of layers."""
-        assert self._settings.teacher_depth is not None
-        return self._settings.teacher_depth
+        return self.settings.teacher_depth or self.loaded.depth
 
     @property
     def projected(self) -> bool:
-        """False: the plugin loads models, no caches."""
-        return False
+        """Whether the features are coordinates in a basis, as those of a cache may be."""
+        return self.settings.cache is not None and self.loaded.projected
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.loaded, name)
+    @property
+    def name(self) -> str:
+        """The loaded teacher's, like all that follows."""
+        return self.loaded.name
+
+    @property
+    def patch(self) -> int:
+        """Pixels on a side of one patch."""
+        return self.loaded.patch
+
+    @property
+    def resolution(self) -> int:
+        """Pixels on a side at which views are encoded."""
+        return self.loaded.resolution
+
+    @property
+    def licence(self) -> str:
+        """SPDX identifier of the weights' licence."""
+        return self.loaded.licence
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when weights, config or preprocessing change."""
+        return self.loaded.fingerprint
 
     def features(self, views: Views, layers: Sequence[int] = (-1,)) -> tuple[Tensor, ...]:
         """The loaded teacher's features."""

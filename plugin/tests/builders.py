@@ -94,7 +94,7 @@ class Family:
     def forced(self, forcing: dict[str, Any] | None = None, **changes: Any) -> Any:
         from lerobot_policy_spatial_forcing.settings import ForcingSettings
 
-        settings = ForcingSettings(**{"teacher": "fake", "layers": [2], **(forcing or {})})
+        settings = ForcingSettings(**{"teacher": "fake", "pairs": ((2, -1),), **(forcing or {})})
         torch.manual_seed(0)
         return self.build(self.config(f"{self.name}_sf", forcing=settings, **changes))
 

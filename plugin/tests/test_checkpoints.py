@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 
+import draccus
 import pytest
 import torch
 from lerobot_policy_spatial_forcing.families import FAMILIES as TABLE
+from lerobot_policy_spatial_forcing.settings import ForcingSettings
 from safetensors.torch import load_file
 
 from plugin.tests.builders import FAMILIES, parameters_of
@@ -16,6 +18,7 @@ from spatial_forcing.commands.lerobot import FAMILIES as COMMAND_FAMILIES
 from spatial_forcing.commands.lerobot import ExportOptions, InitOptions, export, init
 from spatial_forcing.errors import CheckpointError, ConfigError
 
+PI0 = FAMILIES["pi0"]
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
@@ -96,12 +99,12 @@ def test_resume_restores_the_projector_and_the_steps(family, tmp_path):
 def test_a_converted_stock_checkpoint_starts_with_a_new_projector(family, tmp_path):
     stock = family.stock()
     stock.save_pretrained(tmp_path / "stock")
-    init(InitOptions(str(tmp_path / "stock"), tmp_path / "sf", weight=0.3, teacher="fake"))
+    init(InitOptions(str(tmp_path / "stock"), tmp_path / "sf", alpha=0.3, teacher="fake"))
     policy = family.load(f"{family.name}_sf", tmp_path / "sf")
-    assert policy.config.forcing.weight == 0.3
+    assert policy.config.forcing.alpha == 0.3
     own = policy.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in stock.state_dict().items())
-    fresh = family.forced({"layers": None}).forcing.projector.state_dict()
+    fresh = family.forced({"pairs": None}).forcing.projector.state_dict()
     assert policy.forcing.projector.state_dict().keys() == fresh.keys()
     # A stock checkpoint may also be named directly, beside the type.
     direct = family.load(f"{family.name}_sf", tmp_path / "stock", family.forced().config)
@@ -111,7 +114,7 @@ def test_a_converted_stock_checkpoint_starts_with_a_new_projector(family, tmp_pa
 @families
 def test_weight_zero_drops_the_projector_of_a_checkpoint(family, tmp_path):
     trained(family, tmp_path)
-    control = family.load(f"{family.name}_sf", tmp_path / "forced", family.forced({"weight": 0.0}).config)
+    control = family.load(f"{family.name}_sf", tmp_path / "forced", family.forced({"alpha": 0.0}).config)
     assert control.forcing is None
 
 
@@ -180,3 +183,26 @@ def test_the_plugin_is_found_by_lerobots_own_discovery():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert {f"{name}_sf" for name in FAMILIES} <= set(json.loads(found.stdout.strip().replace("'", '"')))
+
+
+def test_settings_of_earlier_checkpoints_are_read():
+    """`weight`, `layers` and `teacher_layers` became `alpha` and `pairs`."""
+    old = {"weight": 0.2, "teacher": "fake", "layers": [1, 3], "teacher_layers": [0], "standardise": True}
+    config = PI0.config("pi0_sf", forcing=old)
+    assert (config.forcing.alpha, config.forcing.pairs) == (0.2, ((1, 0), (3, 0)))
+    written = draccus.encode(config.forcing)
+    assert written["alpha"] == 0.2
+    assert (written["weight"], written["layers"]) == (None, None)
+    assert draccus.decode(ForcingSettings, {**old, "cameras": ["wrist"]}).cameras == ("wrist",)
+
+
+@pytest.mark.parametrize("changes", [{"gate": True}, {"widths": (0.5, 1.0)}, {"subtract_cell_mean": True}])
+def test_every_setting_of_the_method_reaches_the_policy(changes, tmp_path):
+    settings = {"pairs": ((1, -1), (3, -1)), **changes}
+    policy = PI0.forced(settings).train()
+    loss, metrics = policy(PI0.batch())
+    loss.backward()
+    assert metrics["align_loss"] > 0
+    policy.save_pretrained(tmp_path)
+    again = PI0.load("pi0_sf", tmp_path)
+    assert {name: getattr(again.forcing.config, name) for name in settings} == settings

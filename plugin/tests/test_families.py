@@ -115,7 +115,7 @@ def train(policy, family, steps=3):
 @families
 def test_weight_zero_is_the_stock_policy_step_by_step(family):
     expected, weights = train(family.stock(), family)
-    control = family.forced({"weight": 0.0, "teacher": "does-not-exist"})
+    control = family.forced({"alpha": 0.0, "teacher": "does-not-exist"})
     assert control.forcing is None
     losses, ours = train(control, family)
     assert losses == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lerobot_policy_spatial_forcing as plugin
@@ -40,7 +41,7 @@ def test_transforms_that_move_pixels_are_refused_before_the_dataset_is_opened(tm
     config.output_dir = tmp_path / "run"
     with pytest.raises(ConfigError, match=r"moves pixels: affine \(RandomAffine\).*image_transforms\.tfs"):
         config.validate()
-    config.policy.forcing.weight = 0.0
+    config.policy.forcing = replace(config.policy.forcing, alpha=0.0)
     check_training(config)
 
 
@@ -100,7 +101,7 @@ def test_a_dataset_without_images():
 
 def test_bad_settings_are_refused_when_the_configuration_is_made():
     with pytest.raises(ConfigError, match=r"forcing\.alpha is -1"):
-        PI0.config("pi0_sf", forcing=ForcingSettings(weight=-1))
+        PI0.config("pi0_sf", forcing=ForcingSettings(alpha=-1))
     with pytest.raises(ConfigError, match="differ in length"):
         PI0.config("pi0_sf", forcing=ForcingSettings(layers=[1, 2, 3], teacher_layers=[0, 1]))
     with pytest.raises(ConfigError, match="schedule_steps"):

@@ -49,7 +49,9 @@ def dataset(tmp_path_factory):
 
 def run(dataset, output, kind, forcing=None, steps=4, resume=None, **changes):
     """Train in this process and return the folder of the last checkpoint."""
-    settings = {} if forcing is None else {"forcing": ForcingSettings(teacher="fake", layers=[2], **forcing)}
+    settings = {}
+    if forcing is not None:
+        settings["forcing"] = ForcingSettings(teacher="fake", pairs=((2, -1),), **forcing)
     features = {"input_features": {}, "output_features": {}}
     config = TrainPipelineConfig(
         dataset=DatasetConfig("owner/data", root=str(dataset), video_backend="pyav"),
@@ -85,7 +87,7 @@ def weights(checkpoint):
 
 def test_weight_zero_trains_the_stock_policy_bit_by_bit(dataset, tmp_path):
     stock = weights(run(dataset, tmp_path / "stock", "pi0"))
-    control = weights(run(dataset, tmp_path / "control", "pi0_sf", {"weight": 0.0}))
+    control = weights(run(dataset, tmp_path / "control", "pi0_sf", {"alpha": 0.0}))
     assert control.keys() == stock.keys()
     assert all(torch.equal(control[name], stock[name]) for name in stock)
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -38,14 +38,14 @@ class InitOptions:
     Attributes:
         source: folder of a stock checkpoint, or its hub id.
         output: new folder.
-        weight: alpha, the weight of the alignment loss.
+        alpha: weight of the alignment loss.
         teacher: registered name, folder or hub id of the teacher.
         cache: folder of the teacher's cached features; then it is not run.
     """
 
     source: tyro.conf.Positional[str]
     output: Path
-    weight: float = 0.5
+    alpha: Annotated[float, tyro.conf.arg(aliases=("--weight",))] = 0.5
     teacher: str = "facebook/VGGT-1B"
     cache: Path | None = None
 
@@ -65,8 +65,8 @@ class ExportOptions:
 
 def init(options: tyro.conf.OmitArgPrefixes[InitOptions]) -> None:
     """Turn a stock checkpoint of LeRobot into one of the plugin; weights are copied as they are."""
-    if options.weight < 0:
-        raise ConfigError(f"weight is {options.weight}; expected 0 or more.")
+    if options.alpha < 0:
+        raise ConfigError(f"alpha is {options.alpha}; expected 0 or more.")
     source = _local(options.source)
     config = _read(source / CONFIG)
     kind = _kind(config, source)
@@ -77,7 +77,7 @@ def init(options: tyro.conf.OmitArgPrefixes[InitOptions]) -> None:
             f"{source} is a {kind!r} policy, which has no {kind}{SUFFIX}.{did_you_mean(kind, FAMILIES)} "
             f"Known: {', '.join(FAMILIES)}."
         )
-    forcing: dict[str, Any] = {"weight": options.weight, "teacher": options.teacher}
+    forcing: dict[str, Any] = {"alpha": options.alpha, "teacher": options.teacher}
     if options.cache is not None:
         forcing["cache"] = str(options.cache.resolve())
     _new_folder(options.output)

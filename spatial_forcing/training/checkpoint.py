@@ -130,8 +130,13 @@ def checkpoint_folders(root: Path) -> list[Path]:
     return sorted(folder for folder in root.glob("step-*") if _NAME.fullmatch(folder.name))
 
 
-def damage(folder: Path) -> str | None:
-    """A sentence on what is wrong with the checkpoint in `folder`, or None."""
+def damage(folder: Path, *, contents: bool = True) -> str | None:
+    """A sentence on what is wrong with the checkpoint in `folder`, or None.
+
+    Args:
+        folder: of the checkpoint.
+        contents: read every byte and compare checksums; False compares the files' sizes alone.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         kind, files = manifest["format"], manifest["files"]
@@ -145,7 +150,7 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-        if _sha256(path) != entry["sha256"]:
+        if contents and _sha256(path) != entry["sha256"]:
             return f"{name} does not have the content that was written"
     return None
 

@@ -21,7 +21,13 @@ from typing import Any, cast
 
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, gather_object, send_to_device, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+    set_seed,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -326,18 +332,26 @@ class Trainer:
 
     def _find(self) -> Checkpoint | None:
         """The newest complete checkpoint, if there is one, of this configuration and as many processes."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        found, faults = files.latest_checkpoint(self.root)
-        self.accelerator.wait_for_everyone()
-        if self._main:
+        newest: list[Checkpoint | None] = [None]
+        if self._main:  # alone reads every byte of it; the others compare sizes
+            self.root.mkdir(parents=True, exist_ok=True)
+            newest[0], faults = files.latest_checkpoint(self.root)
             for fault in faults:
                 self.accelerator.print(fault)
-            files.set_aside_newer(self.root, found.step if found else -1)
+            files.set_aside_newer(self.root, newest[0].step if newest[0] else -1)
             require_disk(
                 self.root, self._checkpoint_bytes(), "saving checkpoints", "lower `keep` or change `output`"
             )
+        broadcast_object_list(newest)
+        (found,) = newest
         if found is None:
             return None
+        if not self._main and (fault_here := files.damage(found.folder, contents=False)):
+            raise CheckpointError(
+                f"process {self.accelerator.process_index} does not see {found.folder} as the first process "
+                "does "
+                f"({fault_here}); put `output` on a file system that all processes share."
+            )
         state = files.read_state(found.folder)
         refuse_changes(state.config, self.config.to_plain(), found.folder)
         if state.processes != self.accelerator.num_processes:

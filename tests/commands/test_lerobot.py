@@ -28,11 +28,11 @@ def stock(tmp_path):
 
 
 def test_there_and_back(stock, tmp_path):
-    init(InitOptions(str(stock), tmp_path / "sf", weight=0.2, teacher="vggt-nano", cache=tmp_path / "cache"))
+    init(InitOptions(str(stock), tmp_path / "sf", alpha=0.2, teacher="vggt-nano", cache=tmp_path / "cache"))
     written = json.loads((tmp_path / "sf" / "config.json").read_text())
     assert written["type"] == "pi05_sf"
     assert written["forcing"] == {
-        "weight": 0.2,
+        "alpha": 0.2,
         "teacher": "vggt-nano",
         "cache": str(tmp_path / "cache"),
     }
@@ -75,8 +75,8 @@ def test_bad_input(stock, tmp_path):
         export(ExportOptions(tmp_path, tmp_path / "out"))
     with pytest.raises(CheckpointError, match="no folder; give a checkpoint's folder, or a hub id"):
         init(InitOptions(str(tmp_path / "no-where"), tmp_path / "out"))
-    with pytest.raises(ConfigError, match="weight is -1"):
-        init(InitOptions(str(stock), tmp_path / "out", weight=-1))
+    with pytest.raises(ConfigError, match="alpha is -1"):
+        init(InitOptions(str(stock), tmp_path / "out", alpha=-1))
     with pytest.raises(ConfigError, match="exists; give a new folder"):
         init(InitOptions(str(stock), stock))
     init(InitOptions(str(stock), tmp_path / "sf"))

@@ -330,6 +330,20 @@ def test_nan_stops_with_the_batch_named_and_keeps_the_checkpoint(tmp_path, value
     assert all(torch.isfinite(value).all() for value in weights(found.policy).values())
 
 
+def test_a_process_that_does_not_hash_still_sees_missing_and_short_files(tmp_path):
+    run(tmp_path, steps=2)
+    folder = tmp_path / "checkpoints/step-000000002"
+    state = folder / "state.json"
+    whole = state.read_bytes()
+    state.write_bytes(bytes(len(whole)))
+    assert "content" in files.damage(folder)
+    assert files.damage(folder, contents=False) is None
+    state.write_bytes(whole[:-1])
+    assert f"{len(whole) - 1} bytes" in files.damage(folder, contents=False)
+    state.unlink()
+    assert "state.json is missing" in files.damage(folder, contents=False)
+
+
 def test_clipping_includes_the_projector(tmp_path):
     """With a limit far below the gradient, Adam's first moments show the norm of what it was given."""
     run(tmp_path, steps=2, optim=OptimConfig(clip_norm=1e-3))
