@@ -2,7 +2,7 @@
 
 While one batch is computed the next one gathers. Clients that were answered together ask again together, a
 little apart: the first of them would go alone and make the others wait for a whole call, so a batch is held
-back for a small part of a call's time until those who asked lately are in it, as long as that pays. A lone
+back for a small part of a call's time until those who asked lately are in it. A lone
 client of a fast policy is answered in the network's own thread, because waking another one and being woken
 by it can cost more than the answer.
 """
@@ -29,8 +29,6 @@ INLINE_SECONDS = 0.1
 """A policy this fast may hold up the network's thread (health checks, new clients) for one call."""
 GATHER_PART, GATHER_SECONDS = 0.1, 0.02
 """A batch is held back for this part of the last call's time, and never longer than these seconds."""
-MAX_PAUSE = 32
-"""After a wait that brought nobody, the next comes 1, 2, 4, ... up to so many batches later."""
 
 Act = Callable[[Sequence[Request]], Sequence[NDArray[np.float32]]]
 
@@ -74,7 +72,6 @@ class Batcher:
         self._calling = threading.Lock()  # one call of the policy at a time
         self._last_seconds = float("inf")
         self._lately: deque[set[object]] = deque(maxlen=2)  # who was in the last two batches
-        self._pause, self._unwaited = 0, 0  # how many batches go without a wait, and how many went
         self._thread = threading.Thread(target=self._work, name="policy", daemon=True)
         self._thread.start()
 
@@ -119,13 +116,9 @@ class Batcher:
         """The waiting requests and those expected soon, up to a batch, without those of clients that left."""
         batch = [first]
         last = self._take(batch)
-        there = len(batch)
-        if not last and self._missing(batch) and self._may_wait():
-            deadline = time.perf_counter() + min(GATHER_PART * self._last_seconds, GATHER_SECONDS)
-            while not last and self._missing(batch) and (left := deadline - time.perf_counter()) > 0:
-                last = self._take(batch, left)
-            paid = len(batch) > there
-            self._pause = 0 if paid else min(max(1, 2 * self._pause), MAX_PAUSE)
+        deadline = time.perf_counter() + min(GATHER_PART * self._last_seconds, GATHER_SECONDS)
+        while not last and self._missing(batch) and (left := deadline - time.perf_counter()) > 0:
+            last = self._take(batch, left)
         self._lately.append({job.client for job in batch})
         return [job for job in batch if not job.future.cancelled()], last
 
@@ -146,13 +139,6 @@ class Batcher:
         """Whether `batch` has room, and a client that asked recently is not in it."""
         asked = set[object]().union(*self._lately)
         return len(batch) < self._max_batch and not asked <= {job.client for job in batch}
-
-    def _may_wait(self) -> bool:
-        self._unwaited += 1
-        if self._unwaited <= self._pause:
-            return False
-        self._unwaited = 0
-        return True
 
     def _answer(self, batch: list[_Job]) -> None:
         try:
