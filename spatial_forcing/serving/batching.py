@@ -2,7 +2,8 @@
 
 While one batch is computed the next one gathers. Clients that were answered together ask again together, a
 little apart: the first of them would go alone and make the others wait for a whole call, so a batch is held
-back for a small part of a call's time until those who asked lately are in it. A lone
+back for a small part of a call's time until those of the last batch are in it. Clients that were answered
+alone, as robots out of step are, wait for nobody. A lone
 client of a fast policy is answered in the network's own thread, because waking another one and being woken
 by it can cost more than the answer.
 """
@@ -13,7 +14,6 @@ import asyncio
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class Batcher:
         self._threads = torch.get_num_threads()
         self._calling = threading.Lock()  # one call of the policy at a time
         self._last_seconds = float("inf")
-        self._lately: deque[set[object]] = deque(maxlen=2)  # who was in the last two batches
+        self._together: set[object] = set()  # who was in the last batch, if it held several
         self._thread = threading.Thread(target=self._work, name="policy", daemon=True)
         self._thread.start()
 
@@ -119,7 +119,8 @@ class Batcher:
         deadline = time.perf_counter() + min(GATHER_PART * self._last_seconds, GATHER_SECONDS)
         while not last and self._missing(batch) and (left := deadline - time.perf_counter()) > 0:
             last = self._take(batch, left)
-        self._lately.append({job.client for job in batch})
+        clients = {job.client for job in batch}
+        self._together = clients if len(clients) > 1 else set()
         return [job for job in batch if not job.future.cancelled()], last
 
     def _take(self, batch: list[_Job], seconds: float = 0.0) -> bool:
@@ -136,9 +137,8 @@ class Batcher:
         return False
 
     def _missing(self, batch: list[_Job]) -> bool:
-        """Whether `batch` has room, and a client that asked recently is not in it."""
-        asked = set[object]().union(*self._lately)
-        return len(batch) < self._max_batch and not asked <= {job.client for job in batch}
+        """Whether `batch` has room, and a client of the last batch is not in it."""
+        return len(batch) < self._max_batch and not self._together <= {job.client for job in batch}
 
     def _answer(self, batch: list[_Job]) -> None:
         try:
