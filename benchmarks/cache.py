@@ -106,7 +106,7 @@ def sizes(header: CacheHeader) -> None:
 
 
 def read_rates(folder: Path, processes: int, batch: int, seconds: float, device: str) -> tuple[float, float]:
-    """View-frames a second of `processes` readers together, and a processor second of one of them."""
+    """View-frames per second of `processes` readers together, and a processor second of one of them."""
     if processes == 1:
         read(folder, batch, 0.2, device, 0)  # the page cache
         return read(folder, batch, seconds, device, 0)
@@ -119,7 +119,7 @@ def read_rates(folder: Path, processes: int, batch: int, seconds: float, device:
 
 
 def read(folder: Path, batch: int, seconds: float, device: str, seed: int) -> tuple[float, float]:
-    """View-frames a second, and a processor second, of one reader."""
+    """View-frames per second, and a processor second, of one reader."""
     torch.set_num_threads(1)
     cached, rng = CachedTeacher(folder, device=device), np.random.default_rng(seed)
     images, count = torch.zeros(batch, len(CAMERAS), 3, 8, 8), 0

@@ -81,7 +81,7 @@ class Views:
     Pixels are made and checked when `images` is first read: a cached teacher never does.
 
     Attributes:
-        cameras: ordered camera names, one a view. The order matters: VGGT treats view 0 as reference.
+        cameras: ordered camera names, one for each view. The order matters: VGGT treats view 0 as reference.
         present: (B, V) bool; an absent view never reaches the teacher.
         valid: (B, V, H, W) bool; False on padding.
         student_to_view: (B, V, 2, 3), from the student's token image to `images` (identity: same framing).
@@ -324,7 +324,7 @@ def require_alike(cameras: Sequence[str], images: Sequence[Tensor]) -> None:
 
 
 def camera_images(batch: Mapping[str, Any], cameras: Sequence[str]) -> CameraImages:
-    """Read the images of `cameras` out of a batch; every student reads them here, once a batch.
+    """Read the images of `cameras` out of a batch; every student reads them here, once for each batch.
 
     Raises:
         DataError: a camera is missing from the batch; the message lists those that are there.
@@ -362,7 +362,7 @@ def _pixel_mask(mask: Tensor | None, image: Tensor, name: str) -> Tensor | None:
         return None
     shape = (len(image), *image.shape[-2:])
     if tuple(mask.shape) != shape:
-        raise DataError(f"{name} is {tuple(mask.shape)}; expected {shape}, one value a pixel.")
+        raise DataError(f"{name} is {tuple(mask.shape)}; expected {shape}, one value for each pixel.")
     return mask.to(image.device, torch.bool)
 
 

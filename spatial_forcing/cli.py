@@ -54,7 +54,7 @@ COMMANDS: Commands = {
     "data": {
         "record": Command("data:record", "record demonstrations of scripted experts into a LeRobot dataset"),
         "check": Command("data:check", "find damaged files, NaN, wrong shapes, videos and statistics"),
-        "stats": Command("data:stats", "write a dataset's statistics anew"),
+        "stats": Command("data:stats", "recompute a dataset's statistics"),
         "info": Command("data:info", "print what a dataset holds"),
         "convert": Command("data:convert", "convert another format into a LeRobot dataset", raw=True),
     },
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(PIPE_CLOSED)
     except KeyboardInterrupt:
-        errors.print("interrupted; run the same command again to go on where it stopped.")
+        errors.print("interrupted; run the same command again to resume.")
         sys.exit(INTERRUPTED)
 
 

@@ -24,7 +24,7 @@ class LayoutError(SpatialForcingError):
 
 
 class CheckpointError(SpatialForcingError):
-    """Files of a checkpoint are missing, surplus, truncated or of another architecture."""
+    """Files of a checkpoint are missing, unexpected, truncated or of another architecture."""
 
 
 class EnvironmentSetupError(SpatialForcingError):

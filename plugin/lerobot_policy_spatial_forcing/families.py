@@ -42,7 +42,7 @@ class Family:
         views: how many views are in this sequence, counted from the first; None: all.
         imagenet: whether the policy gets its images normalised with ImageNet's mean and deviation.
         frozen: whether a configuration freezes all that lies below the tap.
-        unfreeze: flags that mend it, without PEFT.
+        unfreeze: flags that fix it, without PEFT.
         peft_targets: a value for --peft.target_modules that adapts the language model.
     """
 

@@ -92,7 +92,7 @@ def check_transforms(transforms: Any) -> None:
     if moving:
         listed = ", ".join(f"{name} ({kind})" for name, kind in moving.items())
         raise ConfigError(
-            f"dataset.image_transforms moves pixels: {listed}. LeRobot draws it for each camera anew, which "
+            f"dataset.image_transforms moves pixels: {listed}. LeRobot draws it for each camera again, which "
             "breaks the geometry between the views that the teacher encodes together. Set the weight to 0 in "
             "--dataset.image_transforms.tfs, or leave it out there (colour, sharpness and noise are fine)."
         )

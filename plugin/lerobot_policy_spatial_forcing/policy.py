@@ -131,7 +131,7 @@ class ForcedPolicy:
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a checkpoint of this policy or of the stock one (the projector then starts anew).
+        """Load a checkpoint of this policy or of the stock one (the projector then starts from new weights).
 
         Raises:
             CheckpointError: another policy's checkpoint, or weights that do not fit. (LeRobot's own pi0
@@ -156,7 +156,7 @@ class ForcedPolicy:
         own = {key: value for key, value in self.state_dict().items() if key.startswith(mark)}
         found = [key for key in stored if key.startswith(mark)]
         if own and not found:
-            logger.info("the checkpoint holds no projector of Spatial Forcing; it starts anew.")
+            logger.info("the checkpoint holds no projector of Spatial Forcing; it starts from new weights.")
             stored |= own
         elif found and not own:
             logger.info("policy.forcing.alpha is 0: the checkpoint's projector is left out.")

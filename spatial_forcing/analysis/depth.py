@@ -1,4 +1,4 @@
-"""The error of predicted depth, one number an image."""
+"""The error of predicted depth, one number for each image."""
 
 from __future__ import annotations
 

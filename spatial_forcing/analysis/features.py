@@ -150,7 +150,7 @@ def teacher_features(
 
 
 def randomised(student: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy whose weights are permuted within each tensor: a student that knows nothing, of the same scale.
+    """A copy whose weights are permuted within each tensor: a student without knowledge, of the same scale.
 
     Works for every student, whatever draws its initial weights. Vectors (norms, biases) and buffers
     (statistics) stay.

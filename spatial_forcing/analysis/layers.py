@@ -1,4 +1,4 @@
-"""Which layer to align, from the depth probe, and what that rests on."""
+"""Suggests the layer to align, from the depth probe, with the reason."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ class LayerSuggestion:
 
 
 def suggest_layer(metrics: Sequence[ProbeMetrics], name: str, blocks: int) -> LayerSuggestion | None:
-    """The layer of student `name` where alignment has most to give; None if none that can be was probed.
+    """The layer of student `name` whose tokens hold the least depth; None where no layer that can be aligned
+    was probed.
 
     Candidates have a block below them to train and one above to use the result. Among them, the layer whose
     tokens hold the least depth compared with the ceiling; layers within one standard error of it count as
     equal, and the one nearest to the published three quarters of the depth is taken. Where a linear readout
-    was fitted, it decides. The probe measures what is there, not what would help: `compare` decides.
+    was fitted, it decides. The probe measures depth in the tokens, not whether alignment helps: that is what
+    `compare` measures.
     """
     rows = [m for m in metrics if m.camera == "all"]
     mine = {m.layer: m for m in _readout(m for m in rows if m.name == name) if m.layer is not None}

@@ -188,12 +188,12 @@ def read_probe(folder: Path) -> tuple[Section, ...]:
         return probe_section(ProbeResult(metrics, (), **plain)), layer_section(metrics, suggestions)
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"{path} is no result of the probe ({error}); probe again into that folder."
+            f"{path} is not a result of the probe ({error}); probe again into that folder."
         ) from error
 
 
 def metrics_csv(metrics: Sequence[ProbeMetrics]) -> str:
-    """One line a readout and camera."""
+    """One line for each readout and camera."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [f.name for f in fields(ProbeMetrics)], lineterminator="\n")
     writer.writeheader()

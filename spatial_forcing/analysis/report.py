@@ -46,7 +46,9 @@ class Media:
         """
         kind = mimetypes.guess_type(path.name)[0] or ""
         if kind not in ("image/png", "image/jpeg", "video/mp4", "video/webm") or not path.is_file():
-            raise DataError(f"{path} is no existing PNG, JPEG, MP4 or WebM file; the report cannot show it.")
+            raise DataError(
+                f"{path} is not an existing PNG, JPEG, MP4 or WebM file; the report cannot show it."
+            )
         return cls(_data_uri(path.read_bytes(), kind), caption, kind.split("/")[0])
 
 

@@ -1,4 +1,4 @@
-"""What the tokens are like: effective rank and collapse, similarity of layers (CKA), maps in two dimensions.
+"""Statistics of tokens: effective rank and collapse, similarity of layers (CKA), maps in two dimensions.
 
 Shapes: N tokens, C or D channels.
 """
@@ -136,7 +136,7 @@ def load_projector(checkpoint: Path) -> Projector | None:
     Where every pair has its own, that of the first pair.
 
     Raises:
-        CheckpointError: the file is no projector of this package.
+        CheckpointError: the file is not a projector of this package.
     """
     path = checkpoint / "projector.safetensors"
     if not path.exists():
@@ -161,7 +161,7 @@ def load_projector(checkpoint: Path) -> Projector | None:
         projector.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} is no projector ({error}); give a checkpoint of this package."
+            f"{path} is not a projector ({error}); give a checkpoint of this package."
         ) from error
     return projector.eval()
 

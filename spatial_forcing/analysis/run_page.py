@@ -110,7 +110,7 @@ def read_representation(folder: Path) -> Representation | None:
         ranks = tuple(RankReport(**row) for row in plain.pop("ranks"))
         return Representation(ranks=ranks, **plain)
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path} is no analysis of a run ({error}); analyse it again.") from error
+        raise DataError(f"{path} is not an analysis of a run ({error}); analyse it again.") from error
 
 
 def numbers_section(found: Representation, run: str) -> Section:
@@ -146,7 +146,8 @@ def audit_section(rows: Sequence[Mapping[str, float]]) -> Section | None:
         key="gradients",
         title="Gradient audit",
         text=(
-            f"At the last audit the losses pull {lean} (cosine {last:+.3f} over what both reach; alpha is "
+            f"At the last audit the gradients of the two losses point {lean} (cosine {last:+.3f} over what "
+            "both reach; alpha is "
             "not included). Near 0 the alignment neither helps nor hinders the action loss directly.",
         ),
         figures=tuple(figures),

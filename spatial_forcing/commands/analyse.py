@@ -27,11 +27,11 @@ from spatial_forcing.training.run import CHECKPOINTS
 
 @dataclass(frozen=True)
 class AnalyseOptions:
-    """Which run, on which frames.
+    """The run and the frames that are analysed.
 
     Attributes:
         run: a training run (with `audit_every` its page shows the gradient audit, too).
-        dataset: frames to look at; none: the run's own. Held-out ones say more.
+        dataset: frames to look at; none: the run's own. Prefer frames that the run was not trained on.
         teacher: whose layers are compared; none: the run's, or vggt-nano.
         frames: evenly over the dataset.
         maps: draw t-SNE and PCA maps (t-SNE needs scikit-learn).

@@ -26,7 +26,7 @@ Folder = Annotated[Path, tyro.conf.Positional]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to encode, and how.
+    """The frames to encode, the teacher, and the storage format.
 
     Attributes:
         dataset: LeRobot v3.0 dataset.
@@ -36,13 +36,14 @@ class BuildOptions:
         teacher: a registered name, a local checkpoint, or a hub id.
         cameras: ordered; default all of the dataset's.
         layers: of the teacher, negative from the end.
-        dtype: int8 stores one scale a token; int4, with channels only, half a byte for all but the leading
+        dtype: int8 stores one scale for each token; int4, with channels only, half a byte for all but the
+            leading
             sixth of them.
         channels: store that many directions of the features instead of all channels. With VGGT-1B a row is
             then a sixteenth: 436 in int4, or 256 in int8, which is less faithful.
         standardise: with channels: standardise the teacher's channels before the directions are fitted.
         basis_frames: frames that they are fitted on.
-        batch_size: frames a call of the teacher.
+        batch_size: frames in one call of the teacher.
         resolution: pixels on a side at which the teacher encodes; default its own.
         framing: of frames that are not square: alone, or with white borders as in the released recipe.
         teacher_dtype: arithmetic of the teacher.
@@ -155,7 +156,7 @@ def prune(folder: Folder, dataset: Path | None = None, dry_run: bool = False) ->
 
 @dataclass(frozen=True)
 class CropOptions:
-    """Which frames, and which augmentation.
+    """The frames and the augmentation to measure.
 
     Attributes:
         dataset: LeRobot v3.0 dataset.

@@ -53,7 +53,7 @@ def compare(prog: str, arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Which two policies.
+    """The episodes of two policies, selected by their tags.
 
     Attributes:
         results: episode files (JSONL) of the two policies; one file may hold both.
@@ -98,7 +98,7 @@ def _select(files: Sequence[Path], words: Sequence[str]) -> list[EpisodeResult]:
 
 @dataclass(frozen=True)
 class SampleSizeOptions:
-    """What is to be seen, and how outcomes spread.
+    """The difference to detect, and the spread of the outcomes.
 
     Attributes:
         effect: difference of success rates, e.g. 0.05 for five points.

@@ -50,7 +50,7 @@ def check(root: Root, decode: bool = True, keys: tuple[str, ...] = ()) -> None:
 
 
 def stats(root: Root) -> None:
-    """Write `meta/stats.json` anew, from the rows of all episodes and the images' statistics of each.
+    """Recompute `meta/stats.json`, from the rows of all episodes and the images' statistics of each.
 
     Args:
         root: folder of the dataset.
@@ -82,7 +82,7 @@ def info(root: Root) -> None:
 
 
 def convert(prog: str, arguments: Sequence[str]) -> None:
-    """Convert another format into a LeRobot v3.0 dataset: `data convert NAME OPTIONS`; it resumes."""
+    """Convert another format into a LeRobot v3.0 dataset: `data convert NAME OPTIONS`. It resumes."""
     names = ", ".join(sorted(CONVERTERS))
     if arguments and arguments[0] in ("-h", "--help"):
         Console().print(f"usage: {prog} NAME OPTIONS\n\n{convert.__doc__}\nNAME is one of: {names}.")

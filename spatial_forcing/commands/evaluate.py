@@ -21,7 +21,7 @@ from spatial_forcing.training.presets import QUICKSTART_TASKS
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is evaluated, and how.
+    """The policy, the tasks and the settings of the evaluation.
 
     Attributes:
         policy: folder of a saved policy (`RUN/policy`).

@@ -144,7 +144,7 @@ def _local(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if source.count("/") != 1 or Path(source).exists():
-        raise CheckpointError(f"{source} is no folder; give a checkpoint's folder, or a hub id.")
+        raise CheckpointError(f"{source} is not a folder; give a checkpoint's folder, or a hub id.")
     from huggingface_hub import snapshot_download
 
     try:
@@ -172,7 +172,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _kind(config: Mapping[str, Any], folder: Path) -> str:
     kind = config.get("type")
     if not isinstance(kind, str):
-        raise CheckpointError(f"{folder / CONFIG} names no policy type; it is no LeRobot checkpoint.")
+        raise CheckpointError(f"{folder / CONFIG} names no policy type; it is not a LeRobot checkpoint.")
     return kind
 
 

@@ -32,7 +32,7 @@ from spatial_forcing.teachers.vggt import VGGTTeacher
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """What is probed, and on which scenes.
+    """The policies, the scenes and the settings of the probe.
 
     Attributes:
         policies: folders of saved policies.
@@ -120,7 +120,7 @@ def _depth_source(teacher: str | None) -> DepthSource | None:
         return None
     loaded = load_teacher(teacher, heads=True)
     if not isinstance(loaded, VGGTTeacher):
-        raise ConfigError(f"{teacher!r} is no VGGT and predicts no depth; name one for --depth-from.")
+        raise ConfigError(f"{teacher!r} is not a VGGT and predicts no depth; name one for --depth-from.")
     return partial(predicted_depth, loaded)
 
 

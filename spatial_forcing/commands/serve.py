@@ -26,7 +26,7 @@ SWITCH_SECONDS = 0.0005
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What is served, and how.
+    """The policy and the settings of the server.
 
     Attributes:
         checkpoint: an exported policy, or a run.

@@ -43,7 +43,7 @@ def evaluate(teacher: str = "vggt-nano", scenes: Path = Path("runs/teacher-test-
     """
     loaded = load_teacher(teacher, heads=True)
     if not isinstance(loaded, VGGTTeacher):
-        raise ConfigError(f"{teacher!r} is no VGGT: it has no depth and camera heads to evaluate.")
+        raise ConfigError(f"{teacher!r} is not a VGGT: it has no depth and camera heads to evaluate.")
     recipe = PretrainConfig()
     for title, spec in (("random", recipe.test_spec), ("policy", recipe.policy_test_spec)):
         with progress_bar() as progress:

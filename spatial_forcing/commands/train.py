@@ -59,7 +59,7 @@ def starting_point(chosen: argparse.Namespace) -> TrainConfig:
     """The configuration that `--preset` or `--config` names; a preset leaves the two folders open.
 
     Raises:
-        ConfigError: both are given, the preset is unknown (did you mean), or the file is no configuration.
+        ConfigError: both are given, the preset is unknown (did you mean), or the file is not a configuration.
     """
     if chosen.config is None:
         return PRESETS[chosen.preset or DEFAULT_PRESET](tyro.MISSING, tyro.MISSING)
@@ -81,7 +81,7 @@ def read_config(path: Path, give: str = "give a run's config.json") -> dict[str,
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """Where the policy is and where it goes.
+    """The policy to export and its new place.
 
     Attributes:
         source: a run directory, one of its checkpoints, or a policy's own folder.

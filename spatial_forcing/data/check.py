@@ -1,4 +1,4 @@
-"""Looks a dataset over from end to end and names what is wrong, by episode, with the remedy.
+"""Checks a whole dataset and names what is wrong, by episode, with the remedy.
 
 What the tables and files must agree on is in `structure`, which `Dataset.open` uses too; here come all
 frames, all numbers and the statistics.
@@ -49,7 +49,7 @@ from spatial_forcing.errors import ConfigError, DataError
 __all__ = ["Problem", "check"]
 
 DELETE_STORE = "delete its folder; it is built again when needed"
-RECOMPUTE = "run `spatial-forcing data stats` to write them anew"
+RECOMPUTE = "run `spatial-forcing data stats` to recompute them"
 OFF = 0.005
 """Share of a dimension's range by which a statistic may be off: writers round and aggregate differently."""
 
@@ -97,7 +97,7 @@ def check(root: str | Path, *, decode: bool = True, keys: Keys | None = None) ->
 
 
 def _check_meta(root: Path, info: DatasetInfo) -> tuple[Mapping[int, str], list[Problem]]:
-    """The task table, and what is wrong with `meta/` but for the episodes."""
+    """The task table, and what is wrong with `meta/` except for the episodes."""
     problems = [*features(info), *absent_vectors(info)]
     used = {*info.numbers, *info.visual.values()}
     if unread := [f"{key} ({f['dtype']})" for key, f in info.features.items() if key not in used]:
@@ -191,7 +191,7 @@ def _check_data_file(
     first = int(episodes[0]["dataset_from_index"])
     promised = int(episodes[-1]["dataset_to_index"]) - first
     if parquet.metadata.num_rows != promised:
-        what = f"{parquet.metadata.num_rows} rows, the episode table promises {promised}"
+        what = f"{parquet.metadata.num_rows} rows, the episode table says {promised}"
         yield Problem(numbers[-1], file, what, RESTORE)
     begin = first
     for group in range(parquet.num_row_groups):

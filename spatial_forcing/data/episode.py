@@ -70,7 +70,7 @@ class EpisodeEncoder:
         """Append one frame. A refused frame leaves the episode as it was.
 
         Raises:
-            DataError: a camera, depth map, pose or vector is missing, surplus, not finite or has a wrong
+            DataError: a camera, depth map, pose or vector is missing, unexpected, not finite or has a wrong
                 shape or dtype. The message names it and the frame.
         """
         place = f"frame {len(self)}"

@@ -40,7 +40,8 @@ def decode_colour(data: bytes) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(data)) as image:
         if image.mode in DEEP:
             raise DataError(
-                f"an image of mode {image.mode} has more than 8 bits a pixel and is no colour image; if it "
+                f"an image of mode {image.mode} has more than 8 bits a pixel and is not a colour image; if "
+                "it "
                 'is a depth map, say so in meta/info.json ("info": {"is_depth_map": true}).'
             )
         return np.asarray(image.convert("RGB"), dtype=np.uint8)

@@ -160,7 +160,7 @@ class DatasetInfo:
             return range(int(start), int(stop))
         except (KeyError, ValueError, AttributeError) as error:
             raise ConfigError(
-                f"split {name!r} is no range of episodes of this dataset; meta/info.json has {splits}."
+                f"split {name!r} is not a range of episodes of this dataset; meta/info.json has {splits}."
             ) from error
 
     def source(self, key: str) -> str:

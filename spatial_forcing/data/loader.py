@@ -50,7 +50,7 @@ class BatchLoader:
         image_size: side or (height, width) of the student's images; frames of another size are letterboxed.
             None keeps the recorded size.
         episodes: use these only.
-        augment: drawn anew for each (seed, step, sample, camera).
+        augment: drawn for each (seed, step, sample, camera).
         keep_frames: add `frame.<camera>` and `geometry.<camera>`.
         rank, world_size: which part of the global batch to deliver.
         decoded: True builds the decoded store, False decodes on the fly, None decides by size.
@@ -96,7 +96,7 @@ class BatchLoader:
             if decoded
             else None
         )
-        # One cache a loader, so that it dies with the loader.
+        # One cache a loader, so that it is freed with the loader.
         self._permutation = lru_cache(maxsize=4)(self._draw_permutation)
 
     @property

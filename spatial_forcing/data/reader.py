@@ -407,7 +407,7 @@ def _table_problems(
 ) -> Iterator[Problem]:
     yield from task_table(info, tasks)
     if table.num_rows != info.total_frames:
-        what = f"{table.num_rows} rows, info.json promises {info.total_frames} frames"
+        what = f"{table.num_rows} rows, info.json says {info.total_frames} frames"
         yield Problem(None, "data", what, RESTORE)
         return
     missing = [name for name in _columns(info) if name not in table.column_names]

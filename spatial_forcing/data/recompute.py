@@ -26,7 +26,7 @@ from spatial_forcing.storage import progress_bar
 
 
 def recompute_stats(root: str | Path, *, progress: bool = True) -> list[str]:
-    """Write `meta/stats.json` anew; returns the features whose statistics changed.
+    """Recompute `meta/stats.json`; returns the features whose statistics changed.
 
     Numbers are taken from all rows, images from evenly spread frames of every episode. Features that hold
     neither keep what the file says about them.

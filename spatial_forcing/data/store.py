@@ -212,7 +212,7 @@ def _missing(dataset: Dataset, camera: str, file: _CameraFile, wanted: set[int])
         return {}
     hashes = {}
     for number in sorted(wanted | {int(n) for n in entries if int(n) < len(dataset.episodes)}):
-        # An episode that nobody asks for may be damaged; it is only forgotten.
+        # An episode that is not requested may be damaged; it is only forgotten.
         with nullcontext() if number in wanted else suppress(DataError):
             hashes[str(number)] = dataset.content_hash(number, [camera])
     starts = {str(e.index): e.start for e in dataset.episodes if e.stop <= there}

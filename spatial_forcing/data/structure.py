@@ -121,14 +121,14 @@ def episode_table(info: DatasetInfo, rows: Sequence[Row]) -> Iterator[Problem]:
     lacking = sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
     if lacking:
         listed = ", ".join(map(str, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
-        remedy = "restore the episode, or number the others anew (lerobot-edit-dataset does both)"
+        remedy = "restore the episode, or renumber the others (lerobot-edit-dataset does both)"
         yield Problem(None, place, f"episode numbers have a gap ({listed})", remedy)
         return
     if twice := sorted({n for n in numbers if numbers.count(n) > 1} if len(set(numbers)) < len(rows) else ()):
         yield Problem(None, place, f"episodes {twice[:5]} are listed twice", RESTORE)
         return
     if len(rows) != info.total_episodes:
-        what = f"{len(rows)} episodes, info.json promises {info.total_episodes}"
+        what = f"{len(rows)} episodes, info.json says {info.total_episodes}"
         yield Problem(None, place, what, RESTORE)
     start = 0
     for row in rows:
@@ -138,14 +138,14 @@ def episode_table(info: DatasetInfo, rows: Sequence[Row]) -> Iterator[Problem]:
             yield Problem(int(row["episode_index"]), place, what, RESTORE)
         start = last
     if start != info.total_frames:
-        what = f"episodes end at frame {start}, info.json promises {info.total_frames}"
+        what = f"episodes end at frame {start}, info.json says {info.total_frames}"
         yield Problem(None, place, what, RESTORE)
 
 
 def task_table(info: DatasetInfo, tasks: Mapping[int, str]) -> Iterator[Problem]:
-    """Fewer tasks than info.json promises; an interrupted recording may have left more."""
+    """Fewer tasks than info.json says; an interrupted recording may have left more."""
     if len(tasks) < info.total_tasks:
-        what = f"{len(tasks)} tasks, info.json promises {info.total_tasks}"
+        what = f"{len(tasks)} tasks, info.json says {info.total_tasks}"
         yield Problem(None, "meta/tasks.parquet", what, RESTORE)
 
 

@@ -1,4 +1,4 @@
-"""The six checks in order, each on what the one before it found."""
+"""The six checks in order; each uses the results of the one before it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def examine(subject: Subject, options: DoctorOptions | None = None, target: str 
 
 
 class _Examination:
-    """State that the checks hand on."""
+    """The state that the checks share."""
 
     found: list[ImageTensor]
     normalisation: Normalisation | None
@@ -284,7 +284,7 @@ class _Examination:
 
 
 class _Wrong(LayoutError):
-    """A claim that was refuted, with the truth known."""
+    """A claim that painting refuted; the true positions are known."""
 
 
 class _Claims:

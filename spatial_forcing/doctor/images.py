@@ -121,7 +121,7 @@ def entry(batch: Any, path: Path) -> Any:
 
 
 def count_samples(subject: Subject, batch: Mapping[str, Any], found: Sequence[ImageTensor]) -> int:
-    """How many samples the batch holds: the first dimension of what is no image, else of the images."""
+    """How many samples the batch holds: the first dimension of what is not an image, else of the images."""
     if not found:
         assert subject.pixels is not None
         return len(subject.pixels)
@@ -202,7 +202,7 @@ def _as_images(path: Path, value: Tensor) -> ImageTensor | None:
 
 
 def normalisation_of(found: Sequence[ImageTensor]) -> tuple[Normalisation, bool]:
-    """How the images were normalised, and whether that is certain (8-bit images give themselves away).
+    """How the images were normalised, and whether that is certain (8-bit images can be identified).
 
     Raises:
         DataError: no known normalisation brings them into [0, 1].

@@ -14,9 +14,9 @@ class Check:
 
     Attributes:
         name: of the step.
-        state: how it went; skipped where an earlier one must be mended first.
+        state: how it went; skipped where an earlier one must be fixed first.
         lines: what was found.
-        remedy: what is wrong and what mends it; empty unless it failed.
+        remedy: what is wrong and what fixes it; empty unless it failed.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Report:
         return all(check.state == "pass" for check in self.checks)
 
     def to_plain(self) -> dict[str, Any]:
-        """The findings as a mapping for JSON."""
+        """The findings as a JSON-able mapping."""
         return {"ok": self.ok, **asdict(self)}
 
     def text(self) -> str:

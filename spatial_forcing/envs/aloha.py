@@ -141,7 +141,7 @@ def _make_simulator(task: str) -> tuple[Any, Any]:
     base = sim.TransferCubeTask if cube else sim.InsertionTask
 
     class Task(base):  # type: ignore[valid-type, misc]
-        """The task as it is, but for the images."""
+        """The task as it is, except for the images."""
 
         def get_observation(self, physics: Any) -> dict[str, Any]:
             return {"qpos": self.get_qpos(physics)}

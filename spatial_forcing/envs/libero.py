@@ -218,7 +218,7 @@ def _make_simulator(task: str) -> Any:
         # Images are ours to render; its own would cost four fifths of an episode.
         use_camera_obs=False,
         has_offscreen_renderer=False,
-        # A hard reset builds the model anew, which takes seconds and memory that is not given back.
+        # A hard reset rebuilds the model, which takes seconds and memory that is not given back.
         hard_reset=False,
         ignore_done=True,
     )

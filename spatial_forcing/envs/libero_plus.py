@@ -2,7 +2,7 @@
 
 Not the published suite: LIBERO-Plus (arXiv 2510.13626) also changes layouts, textures, instructions and the
 robot's pose, and draws thousands of fixed variants; these are three of its seven axes, with magnitudes of
-our own, drawn anew for each environment or episode. Compare arms with each other, not with its table.
+our own, drawn for each environment or episode. Compare arms with each other, not with its table.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Perturbation:
             try:
                 values[name] = float(number or 1)
             except ValueError:
-                raise ConfigError(f"perturbation {part!r}: {number!r} is no number.") from None
+                raise ConfigError(f"perturbation {part!r}: {number!r} is not a number.") from None
             if not values[name] >= 0:
                 raise ConfigError(f"perturbation {part!r}: expected 0 or more.")
         seed = int(values.pop("seed", 0))

@@ -55,7 +55,7 @@ class SimulatedEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         if horizon < 1 or (max_horizon is not None and horizon > max_horizon):
             raise ConfigError(f"horizon is {horizon}; expected 1 or more{_at_most(max_horizon)}.")
         if min(image_size) < 1:
-            raise ConfigError(f"image_size is {image_size}; expected 1 or more pixels a side.")
+            raise ConfigError(f"image_size is {image_size}; expected 1 or more pixels on each side.")
         known = [self._model.camera(i).name for i in range(self._model.ncam)]
         for camera in cameras:
             if camera not in known:

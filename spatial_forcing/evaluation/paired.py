@@ -102,12 +102,12 @@ class McNemar:
 
 
 def outcomes(episodes: Iterable[EpisodeResult]) -> dict[tuple[str, int], bool]:
-    """Success by (task, episode seed). Raises `DataError` when an episode is there twice."""
+    """Success by (task, episode seed). Raises `DataError` when an episode appears twice."""
     made: dict[tuple[str, int], bool] = {}
     for episode in episodes:
         key = (episode.task, episode.seed)
         if key in made:
-            raise DataError(f"episode {key} is there twice; give the episodes of one policy only.")
+            raise DataError(f"episode {key} appears twice; give the episodes of one policy only.")
         made[key] = episode.success
     return made
 

@@ -56,7 +56,7 @@ def read_robotwin_results(folder: Path, episodes: int = EPISODES) -> list[RoboTw
             raise DataError(f"{path} does not end with a success rate; run that evaluation again.") from error
         successes = round(fraction * episodes)
         if abs(successes - fraction * episodes) > 1e-6 or not 0 <= successes <= episodes:
-            raise DataError(f"{path}: {fraction} is no number of successes in {episodes} episodes.")
+            raise DataError(f"{path}: {fraction} is not a number of successes in {episodes} episodes.")
         results.append(RoboTwinResult(task, policy, config, checkpoint, wilson(successes, episodes)))
     return results
 

@@ -19,7 +19,7 @@ CONFIG, EPISODES = "compare.json", "episodes.jsonl"
 GROWING = frozenset(
     {"arms", "seeds", "fractions", "controls", "parallel", "output", "threshold", "image_teacher", "store"}
 )
-"""Settings that an existing comparison may change: they add runs or read them anew, and alter none. A run of
+"""Settings that an existing comparison may change: they add runs or read them again, and alter none. A run of
 another 2D teacher is refused by its own folder."""
 ROLLOUTS = frozenset(
     {"tasks", "episodes", "early_episodes", "videos", "first_episode", "horizon", "image_size"}

@@ -165,7 +165,7 @@ def smoke(output: Path) -> QuickstartConfig:
 def run_quickstart(config: QuickstartConfig, console: Console | None = None) -> Path:
     """Record, compare, probe, report; returns the page.
 
-    Interrupted at any moment, the same call goes on where it stopped; a second call reuses everything.
+    Interrupted at any moment, the same call resumes; a second call reuses everything.
 
     Raises:
         SpatialForcingError: no GL library (with the apt line), no disk space, a failed training process,
@@ -195,7 +195,7 @@ def rebuild_report(folder: Path, console: Console | None = None) -> Path:
     """Make the report of a finished quickstart again; everything else is reused.
 
     Raises:
-        ConfigError: `folder` is no quickstart's.
+        ConfigError: `folder` is not a quickstart's.
     """
     settings = folder / SETTINGS
     if not settings.exists():

@@ -123,7 +123,8 @@ def _per_sample_grids(
         uneven = [b for b, n in enumerate(counts) if n % size]
         if uneven:
             raise LayoutError(
-                f"sample {uneven[0]} has {counts[uneven[0]]} image tokens, which is no multiple of {rows} x "
+                f"sample {uneven[0]} has {counts[uneven[0]]} image tokens, which is not a multiple of "
+                f"{rows} x "
                 f"{columns}; check the grid and truncation of the sequence."
             )
         return [[(rows, columns)] * (n // size) for n in counts]

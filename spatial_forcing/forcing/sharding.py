@@ -4,7 +4,7 @@
     optimizer = AdamW(forcing.parameters())
     loss, metrics = forcing(batch)                  # as without it
 
-The teacher is no module of `forcing`, so every process holds all of it and no shard knows of it. The loss
+The teacher is not a module of `forcing`, so every process holds all of it and no shard knows of it. The loss
 needs nothing else: FSDP shards parameters, not activations, so the tap reads whole states.
 """
 

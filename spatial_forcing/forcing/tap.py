@@ -59,7 +59,8 @@ class Tap:
 
     @contextmanager
     def armed(self) -> Iterator[dict[int, list[Tensor]]]:
-        """One forward of the student. The states by depth are in the dictionary when it ends, one a call.
+        """One forward of the student. The states by depth are in the dictionary when it ends, one for each
+        call.
 
         Raises:
             ConfigError: a hook never fired.
@@ -109,7 +110,7 @@ def in_sequence(calls: Sequence[Tensor], sequence: Sequencer | None, k: int) -> 
     """The (B, L, D) sequence after `k` blocks from what was captured; see `Alignment.sequence`.
 
     Raises:
-        ConfigError: it is no sequence.
+        ConfigError: it is not a sequence.
     """
     state = calls[0] if sequence is None else sequence(calls)
     if state.ndim != 3:
@@ -166,7 +167,7 @@ def _tensor(value: Any, depth: int) -> Tensor:
 
 
 def check_trainable(hidden: Tensor, k: int, blocks: Sequence[nn.Module]) -> None:
-    """Refuse a tap that no trainable parameter can influence: the loss would train nothing but the projector.
+    """Reject a tap that no trainable parameter can influence: the loss would train nothing but the projector.
 
     Args:
         hidden: the captured state.

@@ -69,7 +69,7 @@ def sincos_table(rows: int, columns: int, dim: int, device: torch.device) -> Ten
     result: it is cached.
 
     Raises:
-        ConfigError: `dim` is no multiple of 4.
+        ConfigError: `dim` is not a multiple of 4.
     """
     if dim % 4:
         raise ConfigError(
@@ -156,7 +156,7 @@ def make_targets(
     invalid tokens are zero, whatever the teacher had there, and nothing carries gradients.
 
     Args:
-        features: (B, V, H, W, C), one a layer.
+        features: (B, V, H, W, C), one for each layer.
         views: what the teacher saw.
         layout: the student's tokens.
         valid: (B, V, h, w), from `token_validity`.

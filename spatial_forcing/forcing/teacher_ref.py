@@ -20,7 +20,7 @@ class TeacherRef:
     def on(self, device: torch.device) -> Teacher:
         """The teacher on `device`. Raises `ConfigError` after unpickling: it is never pickled."""
         if self._teacher is None:
-            raise ConfigError("the teacher is not there (it is never pickled); build SpatialForcing anew.")
+            raise ConfigError("the teacher is not there (it is never pickled); build SpatialForcing again.")
         if self._device != device:
             self._teacher.to(device)
             self._device = device

@@ -1,6 +1,6 @@
 """Pretraining of `vggt-nano`: render scenes, train depth, points and cameras, evaluate on held-out tasks.
 
-Everything is resumable: scenes by shard, training by an atomically replaced checkpoint. A batch depends
+Every part resumes: scenes by shard, training by an atomically replaced checkpoint. A batch depends
 only on (seed, step), so a resumed run sees what an uninterrupted one would have seen.
 """
 

@@ -54,7 +54,7 @@ class PolicyClient:
 
     Raises:
         EnvironmentSetupError: no server answers within `connect_timeout`.
-        ConfigError: the server wants another API key, or is no policy server.
+        ConfigError: the server wants another API key, or is not a policy server.
     """
 
     def __init__(

@@ -236,7 +236,7 @@ class SafetyGate:
     ) -> None:
         self._controller, self._low, self._high, self._max_change = controller, low, high, max_change
         if low.shape != high.shape or (low > high).any():
-            raise ConfigError(f"limits {low.tolist()} to {high.tolist()} are no ranges; give low <= high.")
+            raise ConfigError(f"limits {low.tolist()} to {high.tolist()} are not ranges; give low <= high.")
         self.limited = 0
         self._last: Action | None = None
 

@@ -259,7 +259,7 @@ def read_json(folder: str | Path) -> dict[str, Any]:
     """The content of `config.json`, whatever it configures.
 
     Raises:
-        CheckpointError: the file is missing or holds no JSON object.
+        CheckpointError: the file is missing or does not hold a JSON object.
     """
     path = Path(folder) / CONFIG_FILE
     try:
@@ -291,7 +291,7 @@ def load_weights(module: nn.Module, folder: str | Path) -> None:
     """Load `model.safetensors` of `folder` into `module`; keys and shapes must agree exactly.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or keys are missing, surplus or of another shape.
+        CheckpointError: the file is missing or damaged, or keys are missing, unexpected or of another shape.
     """
     path = Path(folder) / WEIGHTS_FILE
     try:
@@ -308,7 +308,7 @@ def load_weights(module: nn.Module, folder: str | Path) -> None:
     ]
     faults = {
         "missing": sorted(own.keys() - stored.keys()),
-        "surplus": sorted(stored.keys() - own.keys()),
+        "unexpected": sorted(stored.keys() - own.keys()),
         "of another shape": reshaped,
     }
     if any(faults.values()):

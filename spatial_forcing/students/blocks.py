@@ -46,6 +46,6 @@ class Block(nn.Module):
 def attention_mask(keep: Tensor, like: Tensor) -> Tensor:
     """0 where `keep` (B, N) bool, minus infinity on tokens that are masked.
 
-    Attention makes this of a boolean mask by itself, but anew in every block.
+    Attention makes this of a boolean mask by itself, but again in every block.
     """
     return torch.zeros_like(keep, dtype=like.dtype).masked_fill_(~keep, -torch.inf)

@@ -55,7 +55,7 @@ _PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Which layers get adapters, and of what kind. The defaults (but for `rank`) are OpenVLA-OFT's.
+    """Which layers get adapters, and of what kind. The defaults (except for `rank`) are OpenVLA-OFT's.
 
     Attributes:
         rank: of every adapter; 0: no LoRA.
@@ -132,7 +132,7 @@ class LoraStudent(StudentModule):
 
     @property
     def spec(self) -> StudentSpec:
-        """The wrapped student's, but for what only the bare one does."""
+        """The wrapped student's, except for what only the bare one does."""
         return replace(self.policy.spec, continues_chunks=False)
 
     def activation_bytes(self, samples: int) -> int | None:
@@ -434,12 +434,13 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _copy(path: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    missing, surplus = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
+    missing, unexpected = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
     misshapen = sorted(k for k in own.keys() & stored.keys() if own[k].shape != stored[k].shape)
-    if missing or surplus or misshapen:
+    if missing or unexpected or misshapen:
         raise CheckpointError(
-            f"{path} does not fit the student: missing {missing[:5]}, surplus {surplus[:5]}, of another "
-            f"shape {misshapen[:5]} ({len(missing)}, {len(surplus)}, {len(misshapen)} in all)."
+            f"{path} does not fit the student: missing {missing[:5]}, unexpected {unexpected[:5]}, of "
+            "another "
+            f"shape {misshapen[:5]} ({len(missing)}, {len(unexpected)}, {len(misshapen)} in all)."
         )
     for name, value in own.items():
         value.copy_(stored[name])  # state_dict shares its storage with the module

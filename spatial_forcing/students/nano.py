@@ -89,11 +89,13 @@ class NanoConfig(StudentConfig):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if self.image_size < self.patch_size or self.image_size % self.patch_size:
-            raise ConfigError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}.")
+            raise ConfigError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}."
+            )
         if not fits_stem(self.patch_size):
             raise ConfigError(f"patch_size is {self.patch_size}; expected 4 times a power of two.")
         if self.width % (2 * self.heads):
-            raise ConfigError(f"width {self.width} is no multiple of 2 x heads ({self.heads}).")
+            raise ConfigError(f"width {self.width} is not a multiple of 2 x heads ({self.heads}).")
         if self.head not in ("l1", "flow"):
             raise ConfigError(f"head is {self.head!r}; expected 'l1' or 'flow'.")
         if self.vocab < 2 or not 0 <= self.dropout < 1:
@@ -271,8 +273,8 @@ class NanoVLA(StudentModule):
         stored = read_config(folder, MODEL_TYPE)
         known = {field.name for field in fields(NanoConfig)}
         settings = {key: value for key, value in stored.items() if key not in ("model_type", "architectures")}
-        if surplus := sorted(settings.keys() - known):
-            raise CheckpointError(f"{folder}/config.json has unknown settings {surplus}; another version?")
+        if unexpected := sorted(settings.keys() - known):
+            raise CheckpointError(f"{folder}/config.json has unknown settings {unexpected}; another version?")
         try:
             student = cls(NanoConfig(**settings))
         except (TypeError, ConfigError) as error:

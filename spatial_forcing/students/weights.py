@@ -32,7 +32,7 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def read_tensor(path: Path, name: str) -> Tensor:
     """One tensor of a safetensors file. Raises `CheckpointError` when it cannot be read.
 
-    The file is opened anew, and so mapped anew: pages that were read before do not add up in memory.
+    The file is opened again, and so mapped again: pages that were read before do not add up in memory.
     """
     with open_weights(path) as file:
         try:

@@ -68,7 +68,7 @@ def crop_agreement(
         layer: of the teacher.
         frames: evenly over the dataset.
         seed: of the draws.
-        batch_size: frames a call of the teacher.
+        batch_size: frames in one call of the teacher.
 
     Raises:
         DataError: no token of any crop is valid.

@@ -100,7 +100,7 @@ def train(
 
 
 class Trainer:
-    """The state of a run and its steps. `train` is the front door."""
+    """The state of a run and its steps. `train` is the entry point."""
 
     def __init__(self, config: TrainConfig, parts: Parts) -> None:
         self.config, self.batches = config, parts.batches
@@ -315,7 +315,7 @@ class Trainer:
 
     @property
     def _bare_optimizer(self) -> Optimizer:
-        """Out of what Accelerate put around it."""
+        """The optimizer without Accelerate's wrapper."""
         return cast(Optimizer, self.optimizer.optimizer)
 
     def _write_shared(

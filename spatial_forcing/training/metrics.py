@@ -106,7 +106,7 @@ class Meter:
         columns = {name: [row[name] for row in self.rows if name in row] for name in names}
         self.rows = []
         means = {name: sum(column) / len(column) for name, column in columns.items()}
-        # NaN is no JSON; a metric without a value in this window is left out.
+        # NaN is not an JSON; a metric without a value in this window is left out.
         return {name: value for name, value in means.items() if math.isfinite(value)}
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, a line now and then in a log file."""
+"""Progress of a run: a bar on a terminal, a line every few seconds in a log file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINE_EVERY = 30.0
-"""Seconds between lines where the output is no terminal."""
+"""Seconds between lines where the output is not a terminal."""
 
 
 class TrainingProgress:
@@ -65,7 +65,7 @@ class TrainingProgress:
 
 
 def describe(row: Mapping[str, float]) -> str:
-    """The two figures worth watching."""
+    """The loss and the cosine, as text."""
     text = f"loss {row['loss']:.4f}"
     cosine = next((value for name, value in row.items() if name.endswith("cosine")), None)
     return text if cosine is None else f"{text}, cosine {cosine:.3f}"

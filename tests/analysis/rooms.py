@@ -23,7 +23,7 @@ def room(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_rooms(root: Path, episodes: int = 10, frames: int = 8, moving: bool = False) -> Dataset:
-    """Actions are zero, or with `moving` random but for the last number."""
+    """Actions are zero, or with `moving` random except for the last number."""
     rng = np.random.default_rng(0)
     moves = np.random.default_rng(1)
     scale = np.array([1, 1, 0] if moving else [0, 0, 0], np.float32)

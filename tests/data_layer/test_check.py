@@ -94,7 +94,7 @@ def test_a_sound_dataset_has_no_problems(tmp_path, build, video, depth):
         (lambda root: (root / "meta/stats.json").unlink(), None, "stats.json"),
         (lambda root: (root / "meta/tasks.parquet").write_bytes(b""), None, "tasks.parquet"),
         (shrink("meta/episodes/chunk-000/file-000.parquet", 0.7), None, "episodes"),
-        (lambda root: edit_info(root, lambda c: c.update(total_episodes=4)), None, "promises 4"),
+        (lambda root: edit_info(root, lambda c: c.update(total_episodes=4)), None, "says 4"),
         (lambda root: edit_info(root, lambda c: c.update(codebase_version="v2.1")), None, "v2.1"),
         (
             lambda root: edit_info(

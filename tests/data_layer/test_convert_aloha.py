@@ -176,7 +176,7 @@ def test_a_broken_picture_a_truncated_file_and_a_missing_array(source):
     with h5py.File(source / "episode_1.hdf5", "r+") as file:
         file["observations/images/cam_high"][3] = 7
     with pytest.raises(
-        DataError, match=r"episode_1.hdf5: frame 3 of /observations/images/cam_high is no image"
+        DataError, match=r"episode_1.hdf5: frame 3 of /observations/images/cam_high is not an image"
     ):
         converted(source)
     with h5py.File(source / "episode_1.hdf5", "r+") as file:
@@ -197,7 +197,7 @@ def test_wrong_settings_are_named(source, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no \.hdf5 file"):
         episode_files(tmp_path / "empty")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         episode_files(tmp_path / "none")
     with pytest.raises(ConfigError, match="fps is 0"):
         AlohaConverter(source, tmp_path, fps=0)

@@ -76,7 +76,7 @@ def test_a_grown_dataset_decodes_only_what_is_new(dataset, build, monkeypatch):
     build.add_episode(writer, 3, 5)
     writer.finalize()
     grown = Dataset.open(dataset.root)
-    assert verify_store(grown) == []  # what is not there yet is no defect
+    assert verify_store(grown) == []  # what is not there yet is not a defect
     decoded = count_decoded(monkeypatch)
     result = DecodedStore.build(grown, ["wrist"], progress=False)
     assert [index for index, _ in decoded] == list(range(19, 24))

@@ -236,7 +236,7 @@ def test_context_manager_finalises(tmp_path, build):
 def test_disagreement_of_table_and_data_is_named(root):
     path = root / "meta/info.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "total_frames": 20}))
-    with pytest.raises(DataError, match=r"frame 19, info\.json promises 20"):
+    with pytest.raises(DataError, match=r"frame 19, info\.json says 20"):
         Dataset.open(root)
 
 

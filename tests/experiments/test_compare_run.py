@@ -202,10 +202,10 @@ def test_the_page_shows_what_else_was_found_out_about_the_runs(moving_rooms, tmp
     assert json.loads((tmp_path / "zero" / "probe.json").read_text())["suggestions"] == {}
 
     (config.output / "probe" / "probe.json").write_text('{"metrics": [{"name": "x"}], "suggestions": {}}')
-    with pytest.raises(DataError, match=r"probe\.json is no result of the probe"):
+    with pytest.raises(DataError, match=r"probe\.json is not a result of the probe"):
         write_page(config, found)
     (run / "analysis.json").write_text('{"verdict": "fine"}')
-    with pytest.raises(DataError, match=r"analysis\.json is no analysis of a run"):
+    with pytest.raises(DataError, match=r"analysis\.json is not an analysis of a run"):
         read_representation(run)
 
 

@@ -165,7 +165,7 @@ def test_results_become_a_table(tmp_path):
     assert cells[1][2].startswith("31 % [")
     assert cells[2][1] == "-"
     result("place_fan", "demo_randomized", "2026-01-02 11:00:00", head + "0.123")
-    with pytest.raises(DataError, match=r"0.123 is no number of successes in 100"):
+    with pytest.raises(DataError, match=r"0.123 is not a number of successes in 100"):
         read_robotwin_results(tmp_path)
     with pytest.raises(DataError, match=r"holds no TASK/POLICY"):
         read_robotwin_results(tmp_path / "none")

@@ -99,7 +99,7 @@ def test_weights_that_do_not_fit_are_listed(saved):
         load_student(folder)
     for fault in (
         "1 missing: norm.bias",
-        "1 surplus: projector.weight",
+        "1 unexpected: projector.weight",
         r"norm.weight: (7,) stored, (32,) expected",
     ):
         assert fault in str(caught.value)

@@ -109,7 +109,7 @@ def test_missing_keys_of_vggt_1b_are_listed(published, group, count, heads):
 
 @pytest.mark.golden
 def test_surplus_keys_and_wrong_shapes_of_vggt_1b_are_listed(published):
-    with pytest.raises(CheckpointError, match=r"1 surplus keys: track_head\.extra"):
+    with pytest.raises(CheckpointError, match=r"1 unexpected keys: track_head\.extra"):
         check_keys(published | {"track_head.extra": (1,)}, VGGTConfig(), heads=False, where="x")
     wrong = {"track_head.tracker.ffeat_norm.weight": (3,), "aggregator.camera_token": (1, 2, 1, 8)}
     with pytest.raises(CheckpointError, match="2 wrong shapes") as caught:
@@ -178,7 +178,7 @@ def test_missing_and_surplus_keys_in_a_file_are_refused(folder):
     with pytest.raises(CheckpointError) as caught:
         load_vggt(find_local(folder), heads=False)
     assert "1 missing keys: depth_head.norm.weight" in str(caught.value)
-    assert "1 surplus keys: depth_head.norm.scale" in str(caught.value)
+    assert "1 unexpected keys: depth_head.norm.scale" in str(caught.value)
     assert str(folder) in str(caught.value)
 
 

@@ -168,7 +168,7 @@ def test_schedules_rise_then_fall(warmup, decay, final):
 
 
 def test_warm_up_does_not_cancel_the_decay():
-    """The released code's warm-up sets the rate anew at every later step, so that it never decays."""
+    """The released code's warm-up sets the rate again at every later step, so that it never decays."""
     config = OptimConfig(warmup_steps=10, decay="step", milestones=(50, 80), milestone_factor=0.1)
     factors = {step: lr_factor(config, step, 100) for step in (0, 9, 10, 49, 50, 79, 80, 99)}
     expected = {0: 1 / 11, 9: 10 / 11, 10: 1, 49: 1, 50: 0.1, 79: 0.1, 80: 0.01, 99: 0.01}

@@ -26,7 +26,7 @@ class Schema:
     """What the dataset will hold.
 
     Attributes:
-        fps: frames a second.
+        fps: frames per second.
         cameras: camera -> (height, width) in pixels of the frames that will be written.
         state_names, action_names: one name a number of `observation.state` and `action`.
         robot_type: goes into `meta/info.json`.
@@ -62,7 +62,8 @@ class SourceEpisode:
         length: frames.
         frames: reads it: (frame, instruction) pairs. Raises `DataError` when the source is damaged,
             `EpisodeSkipped` when the episode is to be left out.
-        encoded: instead of `frames`: the episode as it will be written, where nothing has to be encoded anew.
+        encoded: instead of `frames`: the episode as it will be written, where nothing has to be encoded
+            again.
         split: the part of the dataset that it belongs to (`splits` in `meta/info.json`).
     """
 

@@ -59,8 +59,8 @@ class AlohaConverter:
         output: folder of the dataset.
         task: instruction of every episode; default what the files say (an attribute or array `task` or
             `instruction`, or an instructions.json beside them).
-        cameras: cameras to take and their new names, e.g. `cam_high top`; default all, as they are called.
-        fps: frames a second of the recording: 50 for ALOHA, 30 for AgileX as usually set up.
+        cameras: cameras to take and their new names, e.g. `cam_high top`; default all, under their own names.
+        fps: frames per second of the recording: 50 for ALOHA, 30 for AgileX as usually set up.
         image_size: height and width to resize to; default as recorded.
         swap_colours: exchange red and blue.
         video: colour as mp4; without it as PNG, lossless and some ten times larger.

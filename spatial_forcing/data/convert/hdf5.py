@@ -76,7 +76,9 @@ def dataset(file: Any, name: str) -> Any:
     found = file.get(name)
     if isinstance(found, h5py.Dataset):
         if not found.ndim:
-            raise DataError(f"{Path(file.filename).name}: {name!r} is a single value; expected one a frame")
+            raise DataError(
+                f"{Path(file.filename).name}: {name!r} is a single value; expected one for each frame"
+            )
         return found
     there: list[str] = []
     file.visit(there.append)
@@ -120,7 +122,7 @@ class Frames:
             try:
                 image = decode_colour(self.stored(index))
             except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-                raise DataError(f"frame {index} of {self._array.name} is no image ({error})") from error
+                raise DataError(f"frame {index} of {self._array.name} is not an image ({error})") from error
         if self._swap:
             image = image[..., ::-1]
         if self._size is not None and image.shape[:2] != self._size:

@@ -227,7 +227,7 @@ def _image_statistics(encoded: Sequence[bytes], feature: Feature) -> Stats:
             else:
                 pixels = decode_colour(encoded[i])
         except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"frame {i} is no image ({error})") from error
+            raise DataError(f"frame {i} is not an image ({error})") from error
         images.append(thumbnail(pixels).copy())
     return image_stats(images, depth=depth)
 

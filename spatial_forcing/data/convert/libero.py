@@ -266,7 +266,7 @@ def moves(actions: NDArray[np.float32]) -> NDArray[np.bool_]:
 def _demonstration(path: Path, name: str, group: Any, append: Sequence[str]) -> Demonstration:
     def read(key: str, ndim: int = 2) -> NDArray[Any]:
         if key not in group:
-            raise DataError(f"{path}, {name}: {key!r} is missing; this is no LIBERO demonstration file.")
+            raise DataError(f"{path}, {name}: {key!r} is missing; this is not a LIBERO demonstration file.")
         array = numbers(group[key], group[key].dtype)
         if array.ndim != ndim:
             raise DataError(f"{path}, {name}: {key!r} is {array.shape}; expected {ndim} dimensions.")

@@ -78,7 +78,7 @@ def read_episodes(path: Path) -> Iterator[RLDSEpisode]:
             return
         except Exception as error:  # the package raises RuntimeError, protobuf its own
             raise DataError(
-                f"{path} is truncated or no TFRecord file ({error}); download it again."
+                f"{path} is truncated or not a TFRecord file ({error}); download it again."
             ) from error
         yield _episode(f"{path}, record {number}", features)
 

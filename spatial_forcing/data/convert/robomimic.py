@@ -56,7 +56,7 @@ class RobomimicConverter:
         append: further observations behind the state, e.g. `obs/robot0_joint_pos`.
         filter_key: convert the demonstrations of this part only; default all, first those of `train`, then of
             `valid`, which become splits of the dataset.
-        fps: frames a second; default the environment's `control_freq`, else 20.
+        fps: frames per second; default the environment's `control_freq`, else 20.
         image_size: height and width to resize to; default as recorded.
         depth: also write depth maps (`<camera>_depth`, metres).
         keep_still: keep demonstrations in which the state never changes.
@@ -210,7 +210,7 @@ class RobomimicConverter:
 def _array(group: Any, name: str, path: Path) -> Any:
     found = group.get(name)
     if not getattr(found, "ndim", 0):
-        raise DataError(f"{path}, {group.name}: there is no array {name!r}; it is no robomimic file.")
+        raise DataError(f"{path}, {group.name}: there is not an array {name!r}; it is not a robomimic file.")
     return found
 
 

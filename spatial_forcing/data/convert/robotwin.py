@@ -47,11 +47,12 @@ class RoboTwinConverter:
     Attributes:
         source: RoboTwin's `data/TASK/CONFIG` (or a folder of several).
         output: folder of the dataset.
-        cameras: cameras to take and their new names; default the head's and both wrists', as they are called.
+        cameras: cameras to take and their new names; default the head's and both wrists', under their own
+            names.
         task: instruction of every episode; default one of the episode's own (`instructions/episodeN.json`).
         instructions: which of its own instructions may be taken, "seen" or "unseen".
         seed: of the choice among them.
-        fps: frames a second to write down; RoboTwin stores every 15th physics step, not at an even rate.
+        fps: frames per second to write down; RoboTwin stores every 15th physics step, not at an even rate.
         image_size: height and width to resize to; default as recorded.
         swap_colours: exchange red and blue, as RoboTwin's files need.
         geometry: also write intrinsics and extrinsics.

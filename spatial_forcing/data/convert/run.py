@@ -85,7 +85,7 @@ def _write_splits(root: Path, names: Sequence[str]) -> None:
     if len(runs) < 2:
         return
     if len({name for name, _ in runs}) != len(runs):
-        logger.warning("%s: its splits %s are no ranges of episodes and are not written.", root, runs)
+        logger.warning("%s: its splits %s are not ranges of episodes and are not written.", root, runs)
         return
     stops = np.cumsum([count for _, count in runs]).tolist()
     splits = {name: f"{stop - count}:{stop}" for (name, count), stop in zip(runs, stops, strict=True)}
@@ -111,7 +111,7 @@ def _convert_one(writer: DatasetWriter, episode: SourceEpisode) -> None:
         writer.save_episode()
     except DataError as error:
         raise DataError(
-            f"episode {episode.name}: {str(error).rstrip('.')}. Mend it or take it out of the source and "
+            f"episode {episode.name}: {str(error).rstrip('.')}. Fix it or take it out of the source and "
             f"run the same command again; the {writer.num_episodes} episodes before it are kept."
         ) from error
 

@@ -1,4 +1,4 @@
-"""What every converter does with a folder of recordings: order, what is no recording, what it leaves out."""
+"""What every converter does with a folder of recordings: their order, what is skipped and why."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def recordings(source: Path, pattern: str) -> tuple[list[Path], dict[Path, str]]:
-    """Files below `source` in natural order, and those that are no recordings, with the reason.
+    """Files below `source` in natural order, and those that are not recordings, with the reason.
 
     Hidden files are what other systems leave (`._episode_0.hdf5`), and TFDS builds in folders named
     `*.incomplete*`.
@@ -33,7 +33,7 @@ def recordings(source: Path, pattern: str) -> tuple[list[Path], dict[Path, str]]
         DataError: no such folder.
     """
     if not source.is_dir():
-        raise DataError(f"{source} is no folder; give the one that holds the recordings ({pattern}).")
+        raise DataError(f"{source} is not a folder; give the one that holds the recordings ({pattern}).")
     files: list[Path] = []
     left_out: dict[Path, str] = {}
     for path in sorted(source.rglob(pattern), key=lambda path: natural(str(path.relative_to(source)))):
@@ -68,13 +68,13 @@ def appended(arrays: Mapping[str, Any], names: Sequence[str], length: int) -> li
 
     Raises:
         ConfigError: one is not there; lists those that are.
-        DataError: one has not a row a frame, or is no array of numbers.
+        DataError: one has not a row a frame, or is not an array of numbers.
     """
     found = []
     for name in names:
         if name not in arrays:
             there = ", ".join(arrays) or "none"
-            raise ConfigError(f"--append: there is no array {name!r}; there are {there}.")
+            raise ConfigError(f"--append: there is not an array {name!r}; there are {there}.")
         try:
             values = np.asarray(arrays[name], np.float32)
         except (TypeError, ValueError) as error:

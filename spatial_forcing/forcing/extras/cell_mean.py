@@ -38,7 +38,8 @@ class CellMean(FixedPrecision):
 
     @torch.no_grad()
     def forward(self, features: Sequence[Tensor], present: Tensor) -> list[Tensor]:
-        """Centre (B, V, H, W, C) features, one a layer; views that are `present` (B, V) update the moments.
+        """Centre (B, V, H, W, C) features, one for each layer; views that are `present` (B, V) update the
+        moments.
 
         Moments move in training mode only. Before a view's first frame it passes unchanged.
 

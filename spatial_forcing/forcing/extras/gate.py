@@ -27,7 +27,7 @@ class GatedProjector(Projector):
         self.gate = nn.Parameter(torch.zeros(layers, dtype=torch.float32, device="cpu"))
 
     def mix(self, hiddens: Sequence[Tensor]) -> Tensor:
-        """Mix (B, N, D) states, one a layer, each normalised, by the softmax of the gate."""
+        """Mix (B, N, D) states, one for each layer, each normalised, by the softmax of the gate."""
         with torch.autocast(hiddens[0].device.type, enabled=False):
             weights = self.gate.softmax(0)
             states = [F.layer_norm(h.float(), h.shape[-1:]) for h in hiddens]

@@ -97,12 +97,12 @@ def _fill(student: LoraStudent, stored: Mapping[str, Tensor], config: OpenVLAOFT
         for entry in keys.entries(config, plain)
         if entry.published.endswith(".weight")
     }
-    surplus = []
+    unexpected = []
     for key, value in stored.items():
         module, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
         entry = by_module.get(module)
         if entry is None:
-            surplus += [] if module in unused else [key]
+            unexpected += [] if module in unused else [key]
             continue
         pieces = value.chunk(len(entry.ours)) if part == "B" else [value] * len(entry.ours)
         for name, piece in zip(entry.ours, pieces, strict=True):
@@ -111,10 +111,10 @@ def _fill(student: LoraStudent, stored: Mapping[str, Tensor], config: OpenVLAOFT
                 raise CheckpointError(f"{folder / FOLDER}: {key} {tuple(piece.shape)} does not fit {target}.")
             own[target].copy_(piece)
             wanted.discard(target)
-    if surplus or wanted:
+    if unexpected or wanted:
         raise CheckpointError(
             f"{folder / FOLDER} does not fit: {len(wanted)} adapters missing {sorted(wanted)[:3]}, "
-            f"{len(surplus)} surplus {sorted(surplus)[:3]}."
+            f"{len(unexpected)} unexpected {sorted(unexpected)[:3]}."
         )
 
 

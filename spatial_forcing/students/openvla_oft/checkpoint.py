@@ -72,7 +72,7 @@ def load(
         seed: of new heads.
 
     Raises:
-        CheckpointError: something missing, surplus, damaged or of another shape; says which and where.
+        CheckpointError: something missing, unexpected, damaged or of another shape; says which and where.
     """
     folder = locate(place)
     stored = read_config(folder, MODEL_TYPE)
@@ -83,7 +83,7 @@ def load(
         _check_sizes(folder, described, config)
     assets = {name: (folder / name).read_bytes() for name in ASSETS if (folder / name).is_file()}
     student: Any = empty_student(family, chosen, assets, seed)
-    # First of all: a head file is there twice while it is read, which costs least while nothing else is.
+    # First of all: a head file appears twice while it is read, which costs least while nothing else is.
     load_heads(student, folder, components, required=config is None)
     _read_weights(student, folder)
     load_film(student, folder, components, required=config is None)
@@ -155,7 +155,7 @@ def read_component(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is damaged or truncated ({error}); copy it again.") from error
     if not isinstance(stored, dict) or not all(isinstance(v, Tensor) for v in stored.values()):
-        raise CheckpointError(f"{path} holds no named tensors; it is no head of OpenVLA-OFT.")
+        raise CheckpointError(f"{path} holds no named tensors; it is not a head of OpenVLA-OFT.")
     return renamed(stored, lambda name: name.removeprefix("module."), path, torch.equal)
 
 
@@ -184,7 +184,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def _read_weights(student: Any, folder: Path) -> None:
-    """Fill the student tensor by tensor: at no time more than one tensor is there twice."""
+    """Fill the student tensor by tensor: at no time more than one tensor appears twice."""
     files = weight_files(folder)
     own = dict(student.named_parameters())
     wanted = {entry.published: entry for entry in keys.entries(student.config, own)}
@@ -210,11 +210,12 @@ def _check_keys(
     folder: Path, files: Mapping[str, Path], wanted: Mapping[str, Any], unused: Mapping[str, Any]
 ) -> None:
     missing = sorted((wanted.keys() | unused.keys()) - files.keys())
-    surplus = sorted(files.keys() - wanted.keys() - unused.keys())
-    if missing or surplus:
+    unexpected = sorted(files.keys() - wanted.keys() - unused.keys())
+    if missing or unexpected:
         raise CheckpointError(
             f"the weights in {folder} do not fit: {len(missing)} keys missing"
-            f"{_examples(missing)}, {len(surplus)} surplus{_examples(surplus)}. Give a checkpoint of the "
+            f"{_examples(missing)}, {len(unexpected)} unexpected{_examples(unexpected)}. Give a checkpoint "
+            "of the "
             "openvla-7b family; adapters alone are loaded with `load_adapters`."
         )
 
@@ -305,15 +306,15 @@ def merged_adapters(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _load_head(module: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
     own = module.state_dict()
-    missing, surplus = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
+    missing, unexpected = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
     shapes = [
         f"{k}: {tuple(stored[k].shape)} stored, {tuple(own[k].shape)} expected"
         for k in sorted(own.keys() & stored.keys())
         if own[k].shape != stored[k].shape
     ]
-    if missing or surplus or shapes:
+    if missing or unexpected or shapes:
         raise CheckpointError(
-            f"{path} does not fit: missing {missing[:5]}, surplus {surplus[:5]}, "
+            f"{path} does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}, "
             f"of another shape {shapes[:3]}. Check width, action_dim and state_dim."
         )
     module.load_state_dict({name: value.float() for name, value in stored.items()})

@@ -85,7 +85,7 @@ class OpenVLAOFTConfig(StudentConfig):
         if self.image_size < PATCH or self.image_size % PATCH:
             raise ConfigError(f"image_size is {self.image_size}; expected a multiple of {PATCH}.")
         if self.width % (2 * self.heads):
-            raise ConfigError(f"width {self.width} is no multiple of 2 x heads ({self.heads}).")
+            raise ConfigError(f"width {self.width} is not a multiple of 2 x heads ({self.heads}).")
         for name in ("dino", "siglip"):
             width, depth, heads, _ = getattr(self, name)
             if depth < 2 or width % heads:
@@ -169,9 +169,9 @@ def config_from_published(stored: Mapping[str, Any], found: Mapping[str, Any]) -
     """
     known = {field.name for field in fields(OpenVLAOFTConfig)}
     own = dict(stored.get(SECTION) or {})
-    if surplus := sorted(own.keys() - known):
+    if unexpected := sorted(own.keys() - known):
         raise CheckpointError(
-            f"config.json: section {SECTION!r} has unknown settings {surplus}; another version?"
+            f"config.json: section {SECTION!r} has unknown settings {unexpected}; another version?"
         )
     text = stored.get("text_config") or {}
     backbone = stored.get("vision_backbone_id", "dinosiglip-vit-so-224px")

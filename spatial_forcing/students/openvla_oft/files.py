@@ -39,6 +39,7 @@ def locate(place: str | Path) -> Path:
         return Path(snapshot_download(str(place), allow_patterns=list(WANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{place} is no folder here, and cannot be fetched from the hub ({type(error).__name__}). Check "
+            f"{place} is not a folder here, and cannot be fetched from the hub ({type(error).__name__}). "
+            "Check "
             "the name and the connection, or download it elsewhere and give its folder."
         ) from error

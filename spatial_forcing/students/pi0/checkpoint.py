@@ -62,7 +62,7 @@ def build_network(config: Pi0Config, seed: int, source: str | None) -> Any:
             f"{path} has {len(reshaped)} weights of another shape ({listed}); set `size` to the "
             "architecture it was trained with."
         )
-    # One by one, so that no more than one tensor is there twice: in the file's type and in the model's.
+    # One by one, so that no more than one tensor appears twice: in the file's type and in the model's.
     for key in sorted(names, key=names.__getitem__):
         assign(network, key, read_tensor(path, names[key]), dtype)
     return network

@@ -106,7 +106,9 @@ class Pi0Config(StudentConfig):
                 "only: name its tokenizer (google/paligemma-3b-pt-224, or a local copy)."
             )
         if self.size.image_size % self.size.patch:
-            raise ConfigError(f"image_size {self.size.image_size} is no multiple of patch {self.size.patch}.")
+            raise ConfigError(
+                f"image_size {self.size.image_size} is not a multiple of patch {self.size.patch}."
+            )
 
     @property
     def depth(self) -> int:

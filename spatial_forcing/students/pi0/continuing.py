@@ -23,7 +23,7 @@ def sample_guided(
 
     Args:
         network: transformers' `PI0ForConditionalGeneration`.
-        inputs: its arguments but for noise and time; none of them made in inference mode.
+        inputs: its arguments except for noise and time; none of them made in inference mode.
         noise: (B, T, P).
         previous, weight: (B, T, P) normalised and (B, T), as `rtc.guided_velocity` takes them.
         steps: Euler steps.

@@ -48,7 +48,7 @@ def rename(name: str, nested_vision: bool = False) -> str:
             if nested_vision:
                 return renamed.replace("vlm.vision_tower.", "vlm.vision_tower.vision_model.", 1)
             return renamed
-    raise CheckpointError(f"{name!r} is no weight of pi0; is this another model's checkpoint?")
+    raise CheckpointError(f"{name!r} is not a weight of pi0; is this another model's checkpoint?")
 
 
 def to_transformers(
@@ -77,11 +77,12 @@ def to_transformers(
     else:
         nested = any("vision_tower.vision_model." in name for name in wanted)
         result = renamed(stored, lambda name: rename(name.removeprefix("model."), nested), place, same)
-    missing, surplus = sorted(wanted - result.keys()), sorted(result.keys() - wanted)
-    if missing or surplus:
+    missing, unexpected = sorted(wanted - result.keys()), sorted(result.keys() - wanted)
+    if missing or unexpected:
         raise CheckpointError(
-            f"{place} does not fit this pi0: {len(missing)} missing ({_some(missing)}), {len(surplus)} "
-            f"surplus ({_some(surplus)}). Give the whole checkpoint, and the `size` it was trained with."
+            f"{place} does not fit this pi0: {len(missing)} missing ({_some(missing)}), {len(unexpected)} "
+            f"unexpected ({_some(unexpected)}). Give the whole checkpoint, and the `size` it was trained "
+            "with."
         )
     return result
 
@@ -96,7 +97,7 @@ def to_openpi(state: Mapping[str, T]) -> dict[str, T]:
                 result[old + flat.removeprefix(new)] = value
                 break
         else:
-            raise CheckpointError(f"{name!r} is no weight of transformers' pi0.")
+            raise CheckpointError(f"{name!r} is not a weight of transformers' pi0.")
     return result
 
 

@@ -160,12 +160,12 @@ def load_bases(folder: Path, facts: Mapping[str, Any]) -> dict[int, Basis]:
         tensors = load_file(path) if intact else {}
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"{path} cannot be read ({error}); build the cache anew in another folder."
+            f"{path} cannot be read ({error}); build the cache again in another folder."
         ) from error
     if not intact:
         raise DataError(
             f"{path} is not the basis that the header names (its digest differs): without it no row can be "
-            "read. Restore the file, or build the cache anew in another folder."
+            "read. Restore the file, or build the cache again in another folder."
         )
     return {
         int(layer): Basis(torch.tensor(mean), tensors[f"vectors{layer}"], tensors.get(f"scale{layer}"))

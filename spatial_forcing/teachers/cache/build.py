@@ -66,7 +66,7 @@ def build_cache(
 ) -> Path:
     """Encode every frame of `source` that `folder` does not hold yet, and measure the fidelity.
 
-    Interrupted at any moment, the same call goes on where it stopped. A dataset that has grown adds its
+    Interrupted at any moment, the same call resumes. A dataset that has grown adds its
     new episodes only. Under `accelerate launch` every process calls this alike and encodes its own shards.
 
     Args:
@@ -80,7 +80,7 @@ def build_cache(
             multiple of 4, 256 for VGGT-1B); None: the teacher's own channels.
         standardise: with `channels`, standardise the teacher's channels before the fit.
         basis_frames: frames in that sample, evenly over the dataset.
-        batch_size: frames a call of the teacher.
+        batch_size: frames in one call of the teacher.
         replace_changed: build changed episodes again instead of refusing.
         shard_bytes: size at which a shard is closed.
         progress: print an estimate first, then show a bar with the time left, on stderr.
@@ -267,7 +267,7 @@ def _check_settings(source: FrameSource, names: tuple[str, ...], dtype: str, bat
 def _header(
     encoder: Encoder, folder: Path, dtype: CacheDtype, channels: int | None, standardise: bool
 ) -> CacheHeader:
-    """The header of this build; equal, but for what a build finds out, to one on disk."""
+    """The header of this build; equal, except for what a build finds out, to one on disk."""
     teacher, source = encoder.teacher, encoder.source
     first = np.array([wanted_episodes(source)[0].first])
     views, _ = read_views(source, first, encoder.cameras)

@@ -1,8 +1,9 @@
 """How the numbers of a cached token are stored.
 
-    bf16    two bytes a channel
-    int8    one byte a channel, one scale a token
-    int4    one byte for the leading sixth of the channels, half a byte for the others, a scale a token for
+    bf16    two bytes for each channel
+    int8    one byte for each channel, one scale for each token
+    int4    one byte for the leading sixth of the channels, half a byte for the others, a scale for each
+    token for
             either part: for channels in the order of their variance, as a basis has them, since a
             direction that varies ten times less needs three bits less
 

@@ -62,7 +62,7 @@ class Encoder:
     Args:
         teacher, source: whose features of which frames.
         cameras, layers: ordered.
-        batch_size: frames a call of the teacher.
+        batch_size: frames in one call of the teacher.
     """
 
     def __init__(

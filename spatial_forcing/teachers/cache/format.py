@@ -176,7 +176,7 @@ class Shard:
         if size != self.rows * row.itemsize:
             raise DataError(
                 f"{self.data} has {size} bytes, {self.rows * row.itemsize} expected: it is damaged. "
-                f"`spatial-forcing cache prune {self.data.parent}` drops what is lost of its "
+                f"`spatial-forcing cache prune {self.data.parent}` drops the lost rows of its "
                 f"{len(self.episodes)} episodes; the next build redoes those alone."
             )
 

@@ -1,4 +1,4 @@
-"""`CachedTeacher`: teacher features from disk; what a cache holds, and whether all of it is whole.
+"""`CachedTeacher`: teacher features from disk; what a cache holds, and whether it is intact.
 
 Features belong to stored frames, with all views of a frame encoded together; `Views.student_to_view` says
 how a student's crop lies in them. Shapes: B batch, V view, h x w teacher grid, C channels.
@@ -274,7 +274,7 @@ class CacheInfo:
 
 
 def cache_info(folder: str | Path) -> CacheInfo:
-    """What `folder` holds. Raises `DataError` when it is no cache or a record is malformed."""
+    """What `folder` holds. Raises `DataError` when it is not a cache or a record is malformed."""
     folder = Path(folder)
     header, shards = CacheHeader.load(folder), read_shards(folder)
     episodes = [episode for shard in shards for episode in shard.episodes]
@@ -292,7 +292,7 @@ def verify_cache(folder: str | Path) -> list[str]:
     """Read every byte; one message a damaged shard (with its episodes), none when all is well.
 
     Raises:
-        DataError: `folder` is no cache, or a record is malformed.
+        DataError: `folder` is not a cache, or a record is malformed.
     """
     header = CacheHeader.load(Path(folder))
     return [problem for shard in read_shards(Path(folder)) for problem in _problems(header, shard)]

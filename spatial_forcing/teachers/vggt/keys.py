@@ -1,6 +1,6 @@
 """Parameter names: the published checkpoint's and ours.
 
-They are the same but for the DINOv2 embedder, which is transformers' own module: there query, key
+They are the same except for the DINOv2 embedder, which is transformers' own module: there query, key
 and value are three matrices where the checkpoint has one. A checkpoint's keys fall in groups by
 their first part: `aggregator` is always needed, a head only when it is asked for, and `track_head`
 never; but whatever is in a file must be complete and have the right shapes.
@@ -95,14 +95,14 @@ def check_keys(found: Mapping[str, tuple[int, ...]], config: VGGTConfig, *, head
         where: the file, for the message.
 
     Raises:
-        CheckpointError: listing missing keys, surplus keys and wrong shapes.
+        CheckpointError: listing missing keys, unexpected keys and wrong shapes.
     """
     expected = published_shapes(config)
     groups = {_group(key) for key in found} | {"aggregator"}
     if heads:
         groups |= {_group(key) for key in expected} - {"track_head"}
     missing = [key for key in expected if _group(key) in groups and key not in found]
-    surplus = [key for key in found if key not in expected]
+    unexpected = [key for key in found if key not in expected]
     wrong = [
         f"{key} is {tuple(found[key])}, expected {shape}"
         for key, shape in expected.items()
@@ -110,7 +110,11 @@ def check_keys(found: Mapping[str, tuple[int, ...]], config: VGGTConfig, *, head
     ]
     problems = [
         f"{len(keys)} {what}: {', '.join(keys[:LISTED])}{', ...' if len(keys) > LISTED else ''}"
-        for what, keys in (("missing keys", missing), ("surplus keys", surplus), ("wrong shapes", wrong))
+        for what, keys in (
+            ("missing keys", missing),
+            ("unexpected keys", unexpected),
+            ("wrong shapes", wrong),
+        )
         if keys
     ]
     if problems:

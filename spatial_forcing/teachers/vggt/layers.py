@@ -60,7 +60,7 @@ class Rope2D(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention, (B, h, N, d) each -> (B, h, N, d).
 
-    PyTorch's fused kernel, but for bfloat16 on a CPU: there it multiplies no faster than in float32, while
+    PyTorch's fused kernel, except for bfloat16 on a CPU: there it multiplies no faster than in float32, while
     plain matrix products of one head at a time are up to 1.5 times as fast (scores are then bfloat16 too).
     """
     fused = q.device.type != "cpu" or q.dtype != torch.bfloat16

@@ -120,7 +120,7 @@ def load_vggt(source: Source, *, heads: bool = True, device: torch.device | str 
         device: where the weights go.
 
     Raises:
-        CheckpointError: unreadable or truncated file; missing or surplus keys, wrong shapes.
+        CheckpointError: unreadable or truncated file; missing or unexpected keys, wrong shapes.
     """
     with torch.device("meta"):
         model = VGGT(source.config, heads=heads)

@@ -249,7 +249,7 @@ def damage(folder, how):
         ("absent shard", r"lacks model-00002-of-.*the download is incomplete"),
         ("half shard", r"model-00002-of-.*is damaged or truncated"),
         ("shape", r"model-00002-of-.*is \(3, 3, 3\), and this configuration takes"),
-        ("keys", r"1 keys missing \(projector.fc1.bias\), 1 surplus \(language_model.model.layers.9"),
+        ("keys", r"1 keys missing \(projector.fc1.bias\), 1 unexpected \(language_model.model.layers.9"),
         ("head", "action_head--150000_checkpoint.pt is damaged"),
         ("head shape", "expected 5 finite numbers"),
         ("steps", "heads of different steps"),

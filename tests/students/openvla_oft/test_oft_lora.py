@@ -135,7 +135,7 @@ def test_published_adapters_are_loaded_unmerged_and_merge_to_the_fused_sum(base,
     ("edit", "message"),
     [
         (lambda s: s.pop("base_model.model.projector.fc1.lora_A.weight"), "1 adapters missing"),
-        (lambda s: s.update({"base_model.model.other.lora_A.weight": torch.zeros(4, 2)}), "1 surplus"),
+        (lambda s: s.update({"base_model.model.other.lora_A.weight": torch.zeros(4, 2)}), "1 unexpected"),
         (
             lambda s: s.update({"base_model.model.projector.fc1.lora_A.weight": torch.zeros(4, 2)}),
             "does not fit projector.fc1",
