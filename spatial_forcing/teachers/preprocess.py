@@ -11,14 +11,13 @@ Shapes: N images, H x W pixels. Three framings of an image that is not square:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spatial_forcing.alignment import Views, compose
 from spatial_forcing.errors import ConfigError
 
 Mode = Literal["fit", "pad", "crop"]
@@ -114,22 +113,3 @@ def _axis(resized: int, final: int, offset: int) -> tuple[float, float]:
     if resized == final:
         return 1.0, 0.0
     return (resized - 1) / (final - 1), (resized - 1 + 2 * offset) / (final - 1) - 1
-
-
-def frame_views(views: Views, resolution: int, patch: int, mode: Mode) -> Views:
-    """Views framed as in the released recipe; masks and `student_to_view` follow.
-
-    Square images come out as `VGGTTeacher` resizes them anyway; use it on others to reproduce the
-    released code's letterboxing.
-
-    Raises:
-        ConfigError: like `resized_shape`.
-    """
-    lead = views.images.shape[:2]
-    framed = frame(views.images.flatten(0, 1), views.valid.flatten(0, 1), resolution, patch, mode)
-    return replace(
-        views,
-        make=lambda: framed.images.unflatten(0, lead),
-        valid=framed.valid.unflatten(0, lead),
-        student_to_view=compose(framed.from_original.to(views.student_to_view), views.student_to_view),
-    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spatial_forcing.alignment import Views, transform
+from spatial_forcing.alignment import transform
 from spatial_forcing.errors import ConfigError
-from spatial_forcing.teachers.preprocess import frame, frame_views, resize, resized_shape
+from spatial_forcing.teachers.preprocess import frame, resize, resized_shape
 from tests.golden import golden
 
 CASES = ["sq224_n2", "sq28_n2", "sq28_n1_pad", "tall_crop", "wide_pad", "tall_pad"]
@@ -88,25 +88,25 @@ def test_an_image_of_the_right_size_is_left_alone():
 
 
 def test_padding_is_white_invalid_and_known_to_the_map():
-    images = torch.zeros(1, 1, 3, 20, 40)
-    valid = torch.ones(1, 1, 20, 40, dtype=torch.bool)
+    images = torch.zeros(1, 3, 20, 40)
+    valid = torch.ones(1, 20, 40, dtype=torch.bool)
     valid[..., :10] = False
-    views = frame_views(Views.create(images, valid=valid), 56, 14, "pad")
-    assert views.images.shape == (1, 1, 3, 56, 56)
-    rows = views.valid[0, 0, :, -1]
+    framed = frame(images, valid, 56, 14, "pad")
+    assert framed.images.shape == (1, 3, 56, 56)
+    rows = framed.valid[0, :, -1]
     assert rows.nonzero().flatten().tolist() == list(range(14, 42))
-    assert not views.valid[0, 0, :, :14].any()
-    assert (views.images[0, 0, :, ~rows] == 1).all()
-    assert (views.images[0, 0, :, rows] == 0).all()
-    corners = transform(views.student_to_view[0, 0], torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+    assert not framed.valid[0, :, :14].any()
+    assert (framed.images[0, :, ~rows] == 1).all()
+    assert (framed.images[0, :, rows] == 0).all()
+    corners = transform(framed.from_original, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
     expected_y = 2 * 14 / 55 - 1
     torch.testing.assert_close(corners, torch.tensor([[-1.0, expected_y], [1.0, -expected_y]]))
 
 
 def test_cropping_maps_the_lost_rows_outside():
-    views = frame_views(Views.create(torch.rand(1, 1, 3, 40, 20)), 28, 14, "crop")
-    assert views.images.shape == (1, 1, 3, 28, 28)
-    top, middle = transform(views.student_to_view[0, 0], torch.tensor([[0.0, -1.0], [0.0, 0.0]]))
+    framed = frame(torch.rand(1, 3, 40, 20), torch.ones(1, 40, 20, dtype=torch.bool), 28, 14, "crop")
+    assert framed.images.shape == (1, 3, 28, 28)
+    top, middle = transform(framed.from_original, torch.tensor([[0.0, -1.0], [0.0, 0.0]]))
     assert top[1] < -1
     torch.testing.assert_close(middle, torch.zeros(2), atol=0.02, rtol=0)
 

@@ -17,7 +17,7 @@ from spatial_forcing.forcing import layout_from_offset
 from spatial_forcing.forcing.target import make_targets
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.teachers import load_teacher
-from spatial_forcing.teachers.preprocess import frame_views, resize
+from spatial_forcing.teachers.preprocess import frame, resize
 from spatial_forcing.teachers.vggt import VGGT, CameraHeadConfig, DPTConfig, VGGTConfig, VGGTTeacher
 from spatial_forcing.teachers.vggt.layers import attention
 
@@ -295,16 +295,16 @@ def test_compiled_blocks_give_the_same_features(teacher, images):
 
 def test_padding_is_encoded_but_never_returned():
     """The released recipe's white letterbox: its features are those of the whole square, cut to the view."""
-    wide = torch.rand(2, 2, 3, 20, 40)
+    wide = 0.25 + 0.5 * torch.rand(2, 2, 3, 20, 40)  # bicubic overshoot stays in [0, 1]
     padded = tiny_teacher(resolution=56, framing="pad")
     (features,) = padded.features(Views.create(wide))
     assert features.shape == (2, 2, 2, 4, 32)
-    square = frame_views(Views.create(wide), 56, 14, "pad")
-    assert not square.valid[..., :14, :].any()
-    (whole,) = tiny_teacher(resolution=56).features(square)
+    square = frame(wide.flatten(0, 1), torch.ones(4, 20, 40, dtype=torch.bool), 56, 14, "pad")
+    assert not square.valid[:, :14].any()
+    (whole,) = tiny_teacher(resolution=56).features(Views.create(square.images.unflatten(0, (2, 2))))
     # 28 of 56 rows are the view's: its first and last row of pixels lie between two patches each.
     top, bottom = (whole[:, :, row] for row in (0, 3))
-    share = (1 + square.student_to_view[0, 0, 1, 2] - square.student_to_view[0, 0, 1, 1]) * 1.5
+    share = (1 + square.from_original[1, 2] - square.from_original[1, 1]) * 1.5
     expected = top * (1 - share) + whole[:, :, 1] * share
     torch.testing.assert_close(features[:, :, 0], expected, atol=1e-4, rtol=1e-4)
     assert (features[:, :, 1] - bottom).abs().max() > 1e-3
