@@ -51,7 +51,7 @@ class ProbeMetrics:
 
     Attributes:
         name: which features; `kind`: "floor", "student" or "ceiling"; `layer`: blocks before the tap, None
-            where there is not a student; `head`: the readout.
+            where there is no student; `head`: the readout.
         camera: name of the camera, or "all" for the mean over cameras.
         abs_rel: mean of |predicted - true| / true; `abs_rel_error`: its standard error over episodes.
         rmse: metres.

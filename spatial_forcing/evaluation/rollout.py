@@ -100,9 +100,7 @@ def evaluate(
         EnvironmentSetupError: no episode could be run at all.
     """
     if videos > 0 and out is None:
-        raise ConfigError(
-            f"videos is {videos}, but there is not a results file to put them beside; give `out`."
-        )
+        raise ConfigError(f"videos is {videos}, but there is no results file to put them beside; give `out`.")
     batch_size = _default_batch(policy) if batch_size is None else batch_size
     _check_counts(tasks, episodes=episodes, execute=execute, batch_size=batch_size)
     tags = dict(tags or {})

@@ -45,7 +45,7 @@ class SpatialForcing(nn.Module):
     Args:
         student: an `nn.Module` that is a `Student` (or `Alignable`; see `as_student`).
         teacher: a `Teacher`; may be None where alpha is 0.
-        config: the method's settings. With alpha 0 there is not a projector, no tap and no teacher call, and
+        config: the method's settings. With alpha 0 there is no projector, no tap and no teacher call, and
             training is bit-identical to training the student alone.
         student_dim: width of the student's residual stream; default: read from its norms.
 
@@ -88,7 +88,7 @@ class SpatialForcing(nn.Module):
     def _attach(self, teacher: Teacher | None, student_dim: int | None) -> None:
         if teacher is None:
             raise ConfigError(
-                f"alpha is {self.config.alpha}, but there is not a teacher; pass one (load_teacher) or set "
+                f"alpha is {self.config.alpha}, but there is no teacher; pass one (load_teacher) or set "
                 "alpha to 0."
             )
         if not isinstance(self.student, Alignable):
@@ -205,7 +205,7 @@ class SpatialForcing(nn.Module):
             ConfigError: the alignment is off (alpha is 0 throughout).
         """
         if not self.active:
-            raise ConfigError("there is not an alignment loss: alpha is 0 throughout this run.")
+            raise ConfigError("there is no alignment loss: alpha is 0 throughout this run.")
         ready = self._announced.pop(0) if self._announced and self.training else None
         if ready is None or not _same(ready.batch, batch):
             ready = self._prepare(batch)

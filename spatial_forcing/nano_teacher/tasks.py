@@ -79,7 +79,7 @@ def check_held_out(tasks: Iterable[str]) -> None:
 
     Raises:
         ConfigError: a task is in `TRAIN_TASKS` or `VALIDATION_TASKS`, is not a Meta-World task, or
-            there is not a task at all (an empty list would pass every check silently).
+            there is no task at all (an empty list would pass every check silently).
     """
     tasks = tuple(tasks)
     if not tasks:

@@ -183,7 +183,7 @@ def describe(student: Student, folder: Path) -> dict[str, Any]:
         card = metadata_load(folder / CARD) if (folder / CARD).is_file() else None
     except Exception as error:  # yaml has a family of exceptions of its own
         raise CheckpointError(
-            f"the header of {folder / CARD} is not a YAML ({error}); correct it; the licence is read there."
+            f"the header of {folder / CARD} is not YAML ({error}); correct it; the licence is read there."
         ) from error
     card = card if isinstance(card, dict) else {}
     norms = {k: v for k, v in config.items() if k.endswith("_norm") and isinstance(v, str)}

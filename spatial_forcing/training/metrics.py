@@ -106,7 +106,7 @@ class Meter:
         columns = {name: [row[name] for row in self.rows if name in row] for name in names}
         self.rows = []
         means = {name: sum(column) / len(column) for name, column in columns.items()}
-        # NaN is not an JSON; a metric without a value in this window is left out.
+        # NaN is not JSON; a metric without a value in this window is left out.
         return {name: value for name, value in means.items() if math.isfinite(value)}
 
 
@@ -133,7 +133,7 @@ def read_metrics(path: Path) -> list[Row]:
     A last line that was cut off by a kill is left out.
 
     Raises:
-        DataError: any other line is not a JSON object.
+        DataError: any other line is not JSON object.
     """
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.exists():

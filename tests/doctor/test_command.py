@@ -58,7 +58,7 @@ def test_bad_numbers_exit_with_two(capsys):
 WRONG = {
     "no colon": ("toys.py", "MODULE:FACTORY or FILE.py:FACTORY"),
     "no file": (TOYS.replace("toys", "toy") + ":healthy", "there is no file .*Did you mean .*toys.py"),
-    "no module": ("no_such_module:healthy", "there is not a module 'no_such_module'"),
+    "no module": ("no_such_module:healthy", "there is no module 'no_such_module'"),
     "no function": (f"{TOYS}:helthy", "Did you mean 'healthy'"),
     "not a function": (f"{TOYS}:SIZE", "is a int, not a function"),
     "arguments": (f"{TOYS}:needs", "needs the arguments argument"),

@@ -83,7 +83,7 @@ class TestAlphaZero:
         assert forcing.export() is forcing.student
 
     def test_otherwise_the_teacher_is_needed(self):
-        with pytest.raises(ConfigError, match=r"alpha is 0\.5, but there is not a teacher"):
+        with pytest.raises(ConfigError, match=r"alpha is 0\.5, but there is no teacher"):
             SpatialForcing(FakeStudent(), None)
 
 

@@ -33,7 +33,7 @@ def test_without_a_card_the_licence_is_not_invented(tmp_path):
 def test_a_broken_card_is_named(tmp_path):
     tiny_student().save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("---\nlicense: [mit\n---\n")
-    with pytest.raises(CheckpointError, match=r"header of .*README\.md is not a YAML"):
+    with pytest.raises(CheckpointError, match=r"header of .*README\.md is not YAML"):
         load_policy(tmp_path)
 
 

@@ -210,7 +210,7 @@ class RobomimicConverter:
 def _array(group: Any, name: str, path: Path) -> Any:
     found = group.get(name)
     if not getattr(found, "ndim", 0):
-        raise DataError(f"{path}, {group.name}: there is not an array {name!r}; it is not a robomimic file.")
+        raise DataError(f"{path}, {group.name}: there is no array {name!r}; it is not a robomimic file.")
     return found
 
 

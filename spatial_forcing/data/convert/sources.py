@@ -68,13 +68,13 @@ def appended(arrays: Mapping[str, Any], names: Sequence[str], length: int) -> li
 
     Raises:
         ConfigError: one is not there; lists those that are.
-        DataError: one has not a row a frame, or is not an array of numbers.
+        DataError: one has no row for each frame, or is not an array of numbers.
     """
     found = []
     for name in names:
         if name not in arrays:
             there = ", ".join(arrays) or "none"
-            raise ConfigError(f"--append: there is not an array {name!r}; there are {there}.")
+            raise ConfigError(f"--append: there is no array {name!r}; there are {there}.")
         try:
             values = np.asarray(arrays[name], np.float32)
         except (TypeError, ValueError) as error:

@@ -223,7 +223,7 @@ def checksum(rows: NDArray[Any], before: int = 0) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises `DataError` when the file is missing or is not a JSON object."""
+    """Raises `DataError` when the file is missing or is not JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -231,5 +231,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); delete it and build again.") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} is not a JSON object; delete it and build again.")
+        raise DataError(f"{path} is not JSON object; delete it and build again.")
     return content
