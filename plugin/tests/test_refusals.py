@@ -122,9 +122,8 @@ def test_an_import_failure_is_visible(tmp_path):
     import sys
 
     code = (
-        "import importlib.metadata as m, sys; real = m.version;"
-        "m.version = lambda name: '0.4.4' if name == 'lerobot' else real(name);"
-        "import lerobot_policy_spatial_forcing"
+        "import importlib.metadata as m, sys; real = m.version;m.version = lambda name: '0.4.4' if name == "
+        "'lerobot' else real(name);import lerobot_policy_spatial_forcing"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode != 0

@@ -89,10 +89,8 @@ def probe_section(
         title="Depth probe",
         text=(
             f"{_readouts(result)} from frozen tokens to log depth, fitted on {result.train_frames} frames "
-            "and "
-            f"measured on {result.test_frames} frames of {result.test_episodes} held-out episodes; depth "
-            "clipped "
-            f"at {result.clip:g} m.",
+            f"and measured on {result.test_frames} frames of {result.test_episodes} held-out episodes; "
+            f"depth clipped at {result.clip:g} m.",
         ),
         figures=(
             Figure(

@@ -147,8 +147,8 @@ def audit_section(rows: Sequence[Mapping[str, float]]) -> Section | None:
         title="Gradient audit",
         text=(
             f"At the last audit the gradients of the two losses point {lean} (cosine {last:+.3f} over what "
-            "both reach; alpha is "
-            "not included). Near 0 the alignment neither helps nor hinders the action loss directly.",
+            "both reach; alpha is not included). Near 0 the alignment neither helps nor hinders the action "
+            "loss directly.",
         ),
         figures=tuple(figures),
     )

@@ -260,8 +260,8 @@ class Pictures:
                 raise DataError(
                     f"batch tensor {image.key!r} holds {count} images ({tuple(image.value.shape)}) for "
                     f"{samples} samples of the "
-                    f"decoder{' and is one of several' if len(self.found) > 1 else ''}; give every sample as "
-                    "many views, or name the tensor with --image-key."
+                    f"decoder{' and is one of several' if len(self.found) > 1 else ''}; give every sample "
+                    "as many views, or name the tensor with --image-key."
                 )
         self.views = len(self.found) if len(self.found) > 1 else counts[0] // samples
 

@@ -187,8 +187,7 @@ def _load_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise ConfigError(
-                f"there is no module {name!r} (no {error.name!r}); run in its folder, install it, or "
-                "name a "
+                f"there is no module {name!r} (no {error.name!r}); run in its folder, install it, or name a "
                 "file: FILE.py:FACTORY."
             ) from error
         raise ConfigError(f"{name} cannot be imported: {error}.") from error

@@ -193,8 +193,7 @@ def _differences(
     if not seeds:
         raise DataError(
             f"the arms share no training seed (one has {sorted(treated)}, the other {sorted(control)}); run "
-            "both "
-            "with the same."
+            "both with the same."
         )
     wanted = treated[seeds[0]].keys()
     if not wanted:
@@ -204,8 +203,7 @@ def _differences(
             if odd := sorted(arm[seed].keys() ^ wanted)[:3]:
                 raise DataError(
                     f"the arms were not evaluated on the same episodes with training seed {seed} (only one "
-                    "has, "
-                    f"for instance, {odd}); evaluate both on the same tasks and episode seeds."
+                    f"has, for instance, {odd}); evaluate both on the same tasks and episode seeds."
                 )
     keys = sorted(wanted)
     return {

@@ -95,8 +95,7 @@ class CompareConfig:
         if (self.early_episodes is not None and self.early_episodes < 1) or self.videos < 0:
             raise ConfigError(
                 f"compare.early_episodes is {self.early_episodes} and videos {self.videos}; expected at "
-                "least 1 "
-                "or none, and 0 or more."
+                "least 1 or none, and 0 or more."
             )
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"compare.held_out is {self.held_out}; expected a share in [0, 1).")
@@ -243,7 +242,9 @@ def target_teacher(config: CompareConfig, arm: ArmSpec) -> str | None:
 def evaluated_steps(steps: int, count: int) -> tuple[int, ...]:
     """Steps at which policies are evaluated, ascending. Raises `ConfigError` when they are not even."""
     if steps % count:
-        raise ConfigError(f"steps is {steps}, no multiple of checkpoints ({count}); change one of them.")
+        raise ConfigError(
+            f"steps is {steps}, which is not a multiple of checkpoints ({count}); change one of them."
+        )
     return tuple(steps // count * (i + 1) for i in range(count))
 
 

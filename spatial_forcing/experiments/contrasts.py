@@ -57,8 +57,7 @@ class Contrast:
             f" over {d.seeds} training seeds (95 % interval), Holm-corrected p {p_text(self.p_holm)}."
             if d.seeds > 1
             else f" with one training seed (95 % interval over {d.episodes} episodes, not over training "
-            "seeds), "
-            f"Holm-corrected p {p_text(self.p_holm)}."
+            f"seeds), Holm-corrected p {p_text(self.p_holm)}."
         )
         if self.verdict == "not shown":
             return f"{measured} A difference is not shown."

@@ -99,9 +99,8 @@ class QuickstartConfig:
                 raise ConfigError(f"quickstart.{name} is {getattr(self, name)}; expected at least 1.")
         if self.steps % self.evaluations:
             raise ConfigError(
-                f"quickstart.steps is {self.steps}, no multiple of evaluations ({self.evaluations}); change "
-                "one of "
-                "them."
+                f"quickstart.steps is {self.steps}, which is not a multiple of evaluations "
+                f"({self.evaluations}); change one of them."
             )
 
     @property
@@ -272,8 +271,7 @@ def _features(
         title="Features",
         text=(
             "The first three principal components as red, green and blue, fitted over all pictures of a "
-            "column; "
-            "order and signs follow the last column's, so like structure has like colours.",
+            "column; order and signs follow the last column's, so like structure has like colours.",
         ),
         pictures=pca_rows(images, pca_pictures(features, "teacher")),
     )

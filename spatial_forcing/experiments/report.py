@@ -48,8 +48,7 @@ def write_page(
     data = ReportData(
         title=title,
         subtitle=f"{len(arms)} arms, training seeds {', '.join(map(str, config.seeds))}, trained on {parts} "
-        "of "
-        f"the demonstrations{' that are not held out' if config.held_out else ''}; {_measured(config)}",
+        f"of the demonstrations{' that are not held out' if config.held_out else ''}; {_measured(config)}",
         sections=(
             comparison_section(
                 found, {arm.name: arm.description for arm in config.specs}, (*_notes(config), *notes)
@@ -71,15 +70,13 @@ def _notes(config: CompareConfig) -> tuple[str, ...]:
         "Intervals are over training seeds"
         if len(config.seeds) > 1
         else "One training seed: the intervals cover the choice of evaluation episodes, not that of the "
-        "training "
-        "seed"
+        "training seed"
     )
     return (
         "The arms of a training seed start from the same weights and see the same batches in the same "
         "order; all runs are evaluated on the same episodes.",
         f"{over}; p-values are corrected over all differences of their table (Holm). What is called not "
-        "shown may "
-        "still be true: the sample was too small to tell.",
+        "shown may still be true: the sample was too small to tell.",
     )
 
 

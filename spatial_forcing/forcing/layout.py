@@ -124,8 +124,7 @@ def _per_sample_grids(
         if uneven:
             raise LayoutError(
                 f"sample {uneven[0]} has {counts[uneven[0]]} image tokens, which is not a multiple of "
-                f"{rows} x "
-                f"{columns}; check the grid and truncation of the sequence."
+                f"{rows} x {columns}; check the grid and truncation of the sequence."
             )
         return [[(rows, columns)] * (n // size) for n in counts]
     if len(grids) != len(counts):

@@ -252,8 +252,7 @@ class SpatialForcing(nn.Module):
         if missing or unexpected or misshapen:
             raise CheckpointError(
                 f"the projector's state does not fit: missing {missing}, unexpected {unexpected}, other "
-                "shape "
-                f"{misshapen}; resume with the configuration and teacher it was trained with."
+                f"shape {misshapen}; resume with the configuration and teacher it was trained with."
             )
         held = self.state_dict()
         self.load_state_dict({k: shard_like(v, held[k]) for k, v in state.items()}, strict=False)

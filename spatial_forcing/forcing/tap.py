@@ -86,9 +86,8 @@ class Tap:
         if k not in captured:
             raise ConfigError(
                 f"the tap after {k} blocks never fired: {self.site(k)} was not called in the student's "
-                "forward. "
-                "Check that `blocks` lists the modules that really run, in order, and attach SpatialForcing "
-                "before the student is compiled or run."
+                "forward. Check that `blocks` lists the modules that really run, in order, and attach "
+                "SpatialForcing before the student is compiled or run."
             )
         return captured[k]
 
@@ -116,10 +115,8 @@ def in_sequence(calls: Sequence[Tensor], sequence: Sequencer | None, k: int) -> 
     if state.ndim != 3:
         raise ConfigError(
             f"the tap after {k} blocks read a tensor of shape {tuple(state.shape)}; expected (batch, "
-            "sequence, "
-            "width). Pass blocks between which tokens flow, or as_student(..., sequence=...), which makes "
-            "the "
-            "sequence of what enters a block (`spatial-forcing doctor` proposes it)."
+            "sequence, width). Pass blocks between which tokens flow, or as_student(..., sequence=...), "
+            "which makes the sequence of what enters a block (`spatial-forcing doctor` proposes it)."
         )
     return state
 

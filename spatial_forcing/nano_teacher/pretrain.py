@@ -225,9 +225,9 @@ class PretrainRun:
         )
         if not bool(torch.isfinite(loss)):
             raise DataError(
-                f"the loss is {float(loss.detach())} at step {self.step} "
-                f"(scenes {indices.tolist()} of {scenes.folder}); "
-                "lower learning_rate and run again: it continues from the last checkpoint."
+                f"the loss is {float(loss.detach())} at step {self.step} (scenes {indices.tolist()} of "
+                f"{scenes.folder}); lower learning_rate and run again: it continues from the last "
+                "checkpoint."
             )
         self.model.zero_grad()
         loss.backward()

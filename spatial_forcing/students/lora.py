@@ -439,8 +439,7 @@ def _copy(path: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     if missing or unexpected or misshapen:
         raise CheckpointError(
             f"{path} does not fit the student: missing {missing[:5]}, unexpected {unexpected[:5]}, of "
-            "another "
-            f"shape {misshapen[:5]} ({len(missing)}, {len(unexpected)}, {len(misshapen)} in all)."
+            f"another shape {misshapen[:5]} ({len(missing)}, {len(unexpected)}, {len(misshapen)} in all)."
         )
     for name, value in own.items():
         value.copy_(stored[name])  # state_dict shares its storage with the module

@@ -349,8 +349,7 @@ class Trainer:
         if not self._main and (fault_here := files.damage(found.folder, contents=False)):
             raise CheckpointError(
                 f"process {self.accelerator.process_index} does not see {found.folder} as the first process "
-                "does "
-                f"({fault_here}); put `output` on a file system that all processes share."
+                f"does ({fault_here}); put `output` on a file system that all processes share."
             )
         state = files.read_state(found.folder)
         refuse_changes(state.config, self.config.to_plain(), found.folder)

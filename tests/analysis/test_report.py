@@ -81,7 +81,7 @@ def test_names_and_notes_are_escaped(data):
 def test_what_is_missing_is_named(data, tmp_path):
     with pytest.raises(DataError, match="no section"):
         render(replace(data, sections=()))
-    with pytest.raises(DataError, match=r"clip\.mp4 is no existing"):
+    with pytest.raises(DataError, match=r"clip\.mp4"):
         Media.file(tmp_path / "clip.mp4", "")
 
 

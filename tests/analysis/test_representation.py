@@ -63,7 +63,7 @@ def test_collapse_is_found_and_named():
     assert alike.constant > 0.99
     assert varied.constant < 0.05
     assert alike.cosine > 0.99
-    with pytest.raises(DataError, match="two or more"):
+    with pytest.raises(DataError, match=r"'one' are \(1, 4\)"):
         rank_report("one", noise(1, 4))
 
 
@@ -83,7 +83,7 @@ def test_cka_is_that_of_the_gram_matrices_and_free_of_rotation():
     turn = torch.linalg.qr(noise(5, 5, seed=2))[0]
     assert cka(x, 3 * x @ turn + 1) == pytest.approx(1.0, abs=1e-6)
     assert cka(x, y) < 0.5
-    with pytest.raises(DataError, match="same tokens"):
+    with pytest.raises(DataError, match=r"30 and 4"):
         cka(x, y[:4])
 
 
@@ -131,7 +131,7 @@ def test_a_runs_projector_is_read_back(tmp_path, norm):
         own.projector[0].eval()(tokens.flatten(1, 3), torch.ones(2, 18, dtype=torch.bool)).detach(),
     )
     save_file({"projector.fc1.weight": noise(2, 2)}, tmp_path / "projector.safetensors")
-    with pytest.raises(CheckpointError, match="no projector"):
+    with pytest.raises(CheckpointError, match=r"projector\.safetensors.*fc1\.bias"):
         load_projector(tmp_path)
 
 

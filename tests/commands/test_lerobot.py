@@ -69,15 +69,15 @@ def test_adapters_lose_the_projector_too(stock, tmp_path):
 
 
 def test_bad_input(stock, tmp_path):
-    with pytest.raises(CheckpointError, match="nothing to export"):
+    with pytest.raises(CheckpointError, match=r"stock is a 'pi05' checkpoint"):
         export(ExportOptions(stock, tmp_path / "out"))
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match=r"/config\.json"):
         export(ExportOptions(tmp_path, tmp_path / "out"))
-    with pytest.raises(CheckpointError, match="no folder; give a checkpoint's folder, or a hub id"):
+    with pytest.raises(CheckpointError, match=r"/no-where "):
         init(InitOptions(str(tmp_path / "no-where"), tmp_path / "out"))
     with pytest.raises(ConfigError, match="alpha is -1"):
         init(InitOptions(str(stock), tmp_path / "out", alpha=-1))
-    with pytest.raises(ConfigError, match="exists; give a new folder"):
+    with pytest.raises(ConfigError, match=r"/stock exists"):
         init(InitOptions(str(stock), stock))
     init(InitOptions(str(stock), tmp_path / "sf"))
     with pytest.raises(CheckpointError, match="'pi05_sf' checkpoint already"):
@@ -86,8 +86,8 @@ def test_bad_input(stock, tmp_path):
     with pytest.raises(CheckpointError, match=r"no smolvl_sf\. Did you mean 'smolvla'"):
         init(InitOptions(str(stock), tmp_path / "out"))
     (stock / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="holds list"):
+    with pytest.raises(CheckpointError, match=r"config\.json holds list"):
         init(InitOptions(str(stock), tmp_path / "out"))
     (tmp_path / "sf" / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(CheckpointError, match="damaged or truncated"):
+    with pytest.raises(CheckpointError, match=r"sf/model\.safetensors"):
         export(ExportOptions(tmp_path / "sf", tmp_path / "out"))

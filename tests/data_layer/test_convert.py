@@ -98,7 +98,7 @@ def test_episodes_that_the_converter_leaves_out_are_noted_and_not_tried_again(nu
 
 def test_a_source_of_which_nothing_is_left_is_an_error(numbers):
     numbers.source.write_text("bad\nbad\n")
-    with pytest.raises(DataError, match="no episode could be converted"):
+    with pytest.raises(DataError, match=r"'line 0': 'it failed'"):
         convert(numbers, progress=False)
 
 
@@ -110,7 +110,7 @@ def test_another_conversion_in_the_folder_is_refused(numbers):
     with pytest.raises(ConfigError, match=r"episode 1 .* made from line 1, but the source's is now none"):
         convert(numbers, progress=False)
     (numbers.output / LOG_FILE).unlink()
-    with pytest.raises(ConfigError, match="holds no conversion"):
+    with pytest.raises(ConfigError, match=r"/out is not empty"):
         convert(numbers, progress=False)
 
 
@@ -120,7 +120,7 @@ def test_the_disk_estimate_comes_first(numbers, monkeypatch):
     assert estimated_bytes(schema, [episode], video=True) < estimated_bytes(schema, [episode], video=False)
     monkeypatch.setattr(Numbers, "episodes", lambda self: [episode])
     monkeypatch.setattr(Numbers, "schema", lambda self: schema)
-    with pytest.raises(EnvironmentSetupError, match="the conversion needs"):
+    with pytest.raises(EnvironmentSetupError, match=r"needs [\d,]+ MiB in .*/out"):
         convert(numbers, progress=False)
 
 

@@ -197,7 +197,7 @@ def test_wrong_settings_are_named(source, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no \.hdf5 file"):
         episode_files(tmp_path / "empty")
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match=r"/none is"):
         episode_files(tmp_path / "none")
     with pytest.raises(ConfigError, match="fps is 0"):
         AlohaConverter(source, tmp_path, fps=0)

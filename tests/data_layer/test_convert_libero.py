@@ -82,7 +82,7 @@ def test_the_first_frame_at_rest_is_dropped_but_a_gripper_change_is_kept():
 
 
 def test_damaged_files_are_named(tmp_path):
-    with pytest.raises(DataError, match="holds neither"):
+    with pytest.raises(DataError, match=r"\*_demo\.hdf5.*\*\.tfrecord"):
         convert(LiberoConverter(tmp_path, tmp_path / "a"))
     raw = write(tmp_path / "raw", edit=lambda group: group.pop("obs/ee_states"))
     with pytest.raises(DataError, match=r"demo_0: 'obs/ee_states' is missing"):
@@ -173,7 +173,7 @@ def test_rlds_shards_are_read_without_tensorflow(tmp_path):
     assert np.array_equal(dataset.image(2, "robot0_eye_in_hand"), images[1, 2])
     convert(LiberoConverter(tmp_path / "raw", tmp_path / "upright", orientation="upright"))
     assert np.array_equal(Dataset.open(tmp_path / "upright").image(2, "agentview"), images[0, 2, :, ::-1])
-    with pytest.raises(ConfigError, match="no simulator states"):
+    with pytest.raises(ConfigError, match=r"TFRecords.*HDF5"):
         convert(LiberoConverter(tmp_path / "raw", tmp_path / "again", rerender=True))
 
 
@@ -182,7 +182,7 @@ def test_damaged_rlds_shards_are_named(tmp_path):
     with pytest.raises(DataError, match="record 0: steps/action missing"):
         convert(LiberoConverter(tmp_path / "a", tmp_path / "out"))
     shard.write_bytes(shard.read_bytes()[:-20])
-    with pytest.raises(DataError, match="is truncated"):
+    with pytest.raises(DataError, match=r"libero-train\.tfrecord-00000-of-00001"):
         convert(LiberoConverter(tmp_path / "a", tmp_path / "out"))
 
 

@@ -359,5 +359,7 @@ def test_a_start_that_failed_leaves_nothing_in_the_way_of_the_corrected_command(
     with pytest.raises(ConfigError, match="'torqe'"):
         converted("aloha", tmp_path / "raw", tmp_path / "out", append=("torqe",))
     assert_holds(converted("aloha", tmp_path / "raw", tmp_path / "out"), wanted)
-    with pytest.raises(ConfigError, match="another conversion"):  # now there is something to lose
+    with pytest.raises(
+        ConfigError, match=r"/out holds .*append: there \[\], asked for \['observations/qpos'\]"
+    ):  # now there is something to lose
         converted("aloha", tmp_path / "raw", tmp_path / "out", append=("observations/qpos",))

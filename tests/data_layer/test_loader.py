@@ -138,7 +138,7 @@ def test_errors_of_the_thread_arrive_in_their_place(dataset):
     index = int(loader_of(dataset).indices(2)[0])
     dataset.action[index] = np.nan
     seen = []
-    with pytest.raises(DataError, match="action is not finite in frames"):
+    with pytest.raises(DataError, match=r"action .* frames \[15\]"):
         seen.extend(batch["index"] for batch in loader_of(dataset, chunk=1).iterate(0, 4))
     assert len(seen) == 2
 

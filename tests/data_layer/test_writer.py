@@ -61,7 +61,7 @@ def test_what_was_not_recorded_is_said(dataset):
     for read in (dataset.depth, dataset.extrinsics):
         with pytest.raises(DataError, match="front"):
             read(0, "front")
-    with pytest.raises(DataError, match="no intrinsics"):
+    with pytest.raises(DataError, match=r"intrinsics for camera 'front'"):
         dataset.intrinsics("front")
 
 
@@ -206,12 +206,12 @@ def test_a_bad_frame_is_refused_and_the_episode_stays(tmp_path, build, spoil, me
 
 
 def test_nothing_is_overwritten(root):
-    with pytest.raises(DataError, match="not empty"):
+    with pytest.raises(DataError, match=r"/dataset is not empty.*DatasetWriter\.resume"):
         DatasetWriter.create(root, fps=1, cameras={"a": (2, 2)}, state_dim=1, action_dim=1)
 
 
 def test_an_empty_episode_is_refused(tmp_path, build):
-    with pytest.raises(DataError, match="without frames"):
+    with pytest.raises(DataError, match=r"add_frame"):
         build.new_writer(tmp_path / "d").save_episode()
 
 

@@ -206,7 +206,7 @@ def test_images_are_rendered_only_when_read_and_kept(reach):
     assert list(reach._frames) == ["corner2"]
     following, *_ = reach.step(np.array([1, 1, 1, 1], np.float32))
     assert observation["images"]["corner2"] is image
-    with pytest.raises(DataError, match="moved on"):
+    with pytest.raises(DataError, match=r"image 'gripperPOV'"):
         observation["images"]["gripperPOV"]
     following["images"]["corner2"]
     with pytest.raises(ConfigError, match="Did you mean 'corner2'"):
@@ -238,7 +238,7 @@ def test_actions_are_checked_and_clipped(reach):
 
 def test_the_horizon_truncates_and_steps_out_of_an_episode_are_refused():
     env = make_env("reach-v3", image_size=16, horizon=2)
-    with pytest.raises(ConfigError, match="has not begun"):
+    with pytest.raises(ConfigError, match=r"reach-v3 .*reset\(\)"):
         env.step(ZERO)
     env.reset(seed=0)
     assert env.step(ZERO)[3] is False

@@ -68,7 +68,7 @@ def test_two_checkpoints_over_identical_episodes(tmp_path, capsys):
     assert "90 % [60, 98]" in shown
     with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
         command.checkpoints(command.CheckpointOptions((tmp_path / "nowhere.jsonl",), ("arm=sf",), ("arm=b",)))
-    with pytest.raises(DataError, match="no episode"):
+    with pytest.raises(DataError, match=r"episodes\.jsonl .*\{'arm': 'sff'\}"):
         command.checkpoints(command.CheckpointOptions((path,), ("arm=sff",), ("arm=alpha0",)))
 
 

@@ -79,7 +79,7 @@ def test_input_ids_with_one_grid():
     ("ids", "grids", "message"),
     [
         ([[1, 2]], (1, 2), "no token of input_ids is the image token 7"),
-        ([[IMAGE, IMAGE, IMAGE]], (1, 2), "no multiple of 1 x 2"),
+        ([[IMAGE, IMAGE, IMAGE]], (1, 2), r"3 image tokens.* 1 x 2"),
         ([[IMAGE, IMAGE]], (0, 2), "no view tokens"),
         ([[IMAGE, IMAGE]], [[(1, 2)], [(1, 2)]], "2 entries for a batch of 1"),
         ([[IMAGE, IMAGE]], [[(2, 2)]], "has 2 image tokens.*need 4"),

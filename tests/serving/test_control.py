@@ -227,7 +227,7 @@ def test_the_gate_limits_range_and_change_and_stops_on_nonsense():
     assert gate.limited == 1
     with pytest.raises(DataError, match="expected 2 finite numbers"):
         gate.act({})
-    with pytest.raises(ConfigError, match="no ranges"):
+    with pytest.raises(ConfigError, match=r"\[1\.0, 1\.0\] to \[-1\.0, -1\.0\]"):
         SafetyGate(Says(), high, low)
 
 

@@ -104,7 +104,7 @@ def test_optional_fields():
     assert request.overlap.previous.dtype == np.float32
     plain = Signature(("front",), 2, 3, 5, default_prompt="stack the cups")
     assert plain.parse(without("prompt")).observation["task"] == "stack the cups"
-    with pytest.raises(DataError, match="no flow head"):
+    with pytest.raises(DataError, match=r"'rtc'"):
         plain.parse(GOOD | {"rtc": overlap})
 
 

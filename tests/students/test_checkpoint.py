@@ -71,7 +71,7 @@ def test_another_architecture_is_refused_naming_both(saved):
 
 def test_broken_configs_are_named(saved, tmp_path):
     _, folder = saved
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match=r"nowhere/config\.json"):
         load_student(tmp_path / "nowhere")
     edit_config(folder, surprise=1)
     with pytest.raises(CheckpointError, match="surprise"):
@@ -109,7 +109,7 @@ def test_truncated_and_missing_weights(saved):
     _, folder = saved
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="damaged or truncated"):
+    with pytest.raises(CheckpointError, match=r"a/b/model\.safetensors"):
         load_student(folder)
     path.unlink()
     with pytest.raises(CheckpointError, match="incomplete"):

@@ -274,8 +274,8 @@ def test_weights_depend_on_the_seed_alone_and_leave_the_stream():
     [
         ({"cameras": ()}, "cameras"),
         ({"cameras": ("a", "a")}, "distinct"),
-        ({"image_size": 30}, "no multiple of patch_size"),
-        ({"heads": 3}, "no multiple of 2 x heads"),
+        ({"image_size": 30}, "image_size 30 .* patch_size 8"),
+        ({"heads": 3}, r"width 32 .* heads \(3\)"),
         ({"head": "diffusion"}, "'diffusion'"),
         ({"chunk": 0}, "chunk is 0"),
         ({"vocab": 1}, "vocab 1"),
@@ -306,7 +306,7 @@ def test_wrong_batches_are_refused():
     del seen["images"]["wrist"]
     with pytest.raises(DataError, match="lacks camera 'wrist'"):
         nano.act([seen])
-    with pytest.raises(DataError, match="no observation"):
+    with pytest.raises(DataError, match=r"act .* one"):
         nano.act([])
     mixed = [observation(0), observation(1)]
     mixed[1]["images"]["wrist"] = mixed[1]["images"]["wrist"].astype(np.float32) / 255

@@ -82,7 +82,7 @@ def test_bad_statistics_are_named(values):
     with pytest.raises(DataError, match="finite"):
         Normalizer(3, "mean_std").fit(stats, "action")
     stats["action"]["min"], stats["action"]["max"] = stats["action"]["max"], stats["action"]["min"]
-    with pytest.raises(DataError, match="negative spread"):
+    with pytest.raises(DataError, match=r"'action' .*\(min, max\)"):
         Normalizer(3, "min_max").fit(stats, "action")
 
 

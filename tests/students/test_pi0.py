@@ -150,7 +150,7 @@ def test_stored_frames_of_a_cache_get_the_augmentation_and_the_letterbox():
     assert torch.equal(views.images[:, 1], batch[FRAME_PREFIX + "wrist"])
     torch.testing.assert_close(views.student_to_view, compose(crop[:, None], plain.student_to_view))
     batch[FRAME_PREFIX + "wrist"] = torch.rand(2, 3, 28, 28)
-    with pytest.raises(DataError, match="differ in shape"):
+    with pytest.raises(DataError, match=r"'front': \(2, 3, 28, 56\), 'wrist': \(2, 3, 28, 28\)"):
         pi0.alignment(batch).views
 
 
@@ -263,7 +263,7 @@ def test_prompt_is_start_text_newline_padding(tmp_path):
     assert real.sum(1).tolist() == [5, 3]
     with pytest.raises(DataError, match="has 10 tokens and the student takes 8"):
         pi0.prompt(["touch the cube touch the cube touch the"], 1)
-    with pytest.raises(DataError, match="expected one text each"):
+    with pytest.raises(DataError, match=r"1 samples and task None"):
         pi0.prompt(None, 1)
 
 
@@ -289,10 +289,10 @@ def test_bad_input(tmp_path):
     with pytest.raises(CheckpointError, match="'smolvla' policy, not 'pi0'"):
         student(**small)
     (base / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match=r"base/model\.safetensors"):
         student(**small)
     (base / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(CheckpointError, match="damaged or truncated"):
+    with pytest.raises(CheckpointError, match=r"base/model\.safetensors"):
         student(**small)
     state = student().network.state_dict()
     state["action_out_proj.bias"] = torch.zeros(31)
@@ -305,7 +305,7 @@ def test_bad_input(tmp_path):
         student()(batch)
     student().save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "student.json").unlink()
-    with pytest.raises(CheckpointError, match="holds weights, but no student"):
+    with pytest.raises(CheckpointError, match=r"saved/student\.json.*pretrained="):
         load_student(tmp_path / "saved")
 
 

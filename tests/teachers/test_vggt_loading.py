@@ -190,14 +190,14 @@ def test_a_truncated_file_is_refused(folder, kind, share):
         (folder / "model.safetensors").unlink()
     content = (folder / kind).read_bytes()
     (folder / kind).write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"tiny/model\.safetensors"):
         load_vggt(find_local(folder))
 
 
 def test_a_nested_pt_file_is_refused(folder):
     (folder / "model.safetensors").unlink()
     torch.save({"model": {"aggregator.camera_token": torch.zeros(1)}}, folder / "model.pt")
-    with pytest.raises(CheckpointError, match="flat dictionary"):
+    with pytest.raises(CheckpointError, match=r"tiny/model\.pt"):
         load_vggt(find_local(folder))
 
 
@@ -217,7 +217,7 @@ def test_a_malformed_config_is_refused(folder, content):
 
 
 def test_nothing_there_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match=r"/nowhere "):
         find_local(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds neither"):
         find_local(tmp_path)

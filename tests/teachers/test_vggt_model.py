@@ -184,7 +184,7 @@ def test_heads_are_optional_and_asked_for_by_name():
     assert set(model(images, heads=("depth",))) == {"depth", "depth_conf"}
     assert set(model(images, heads=("camera",))) == {"pose_enc", "pose_enc_iterations"}
     assert model(images, heads=()) == {}
-    with pytest.raises(ConfigError, match="without its point head"):
+    with pytest.raises(ConfigError, match=r"enable_point=True"):
         model(images)
     with pytest.raises(ConfigError, match="no head 'tracks'"):
         model(images, heads=("tracks",))

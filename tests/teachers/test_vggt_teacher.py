@@ -229,7 +229,7 @@ def test_predict_gives_the_heads_output_and_zeros_for_absent_views(teacher, imag
         expected = teacher.model(resized[1:])
     torch.testing.assert_close(result["world_points"][1:], expected["world_points"])
     bare = VGGTTeacher(tiny_model(heads=False), name="bare", licence="MIT")
-    with pytest.raises(ConfigError, match="without its camera head"):
+    with pytest.raises(ConfigError, match=r"enable_camera=True"):
         bare.predict(Views.create(images))
 
 

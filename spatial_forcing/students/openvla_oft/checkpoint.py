@@ -213,10 +213,9 @@ def _check_keys(
     unexpected = sorted(files.keys() - wanted.keys() - unused.keys())
     if missing or unexpected:
         raise CheckpointError(
-            f"the weights in {folder} do not fit: {len(missing)} keys missing"
-            f"{_examples(missing)}, {len(unexpected)} unexpected{_examples(unexpected)}. Give a checkpoint "
-            "of the "
-            "openvla-7b family; adapters alone are loaded with `load_adapters`."
+            f"the weights in {folder} do not fit: {len(missing)} keys missing{_examples(missing)}, "
+            f"{len(unexpected)} unexpected{_examples(unexpected)}. Give a checkpoint of the openvla-7b "
+            "family; adapters alone are loaded with `load_adapters`."
         )
 
 

@@ -40,6 +40,5 @@ def locate(place: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{place} is not a folder here, and cannot be fetched from the hub ({type(error).__name__}). "
-            "Check "
-            "the name and the connection, or download it elsewhere and give its folder."
+            "Check the name and the connection, or download it elsewhere and give its folder."
         ) from error

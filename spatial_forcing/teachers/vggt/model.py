@@ -80,6 +80,6 @@ class VGGT(nn.Module):
             raise ConfigError(f"VGGT has no head {head!r}; it has {', '.join(HEADS)}.")
         if getattr(self, f"{head}_head") is None:
             raise ConfigError(
-                f"this VGGT was built without its {head} head; "
-                f"build or load it with heads=True and enable_{head}=True, or do not ask for it."
+                f"this VGGT was built without its {head} head; build or load it with heads=True and "
+                f"enable_{head}=True, or do not ask for it."
             )

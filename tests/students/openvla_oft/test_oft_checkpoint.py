@@ -278,7 +278,7 @@ def test_other_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(CheckpointError, match=r"siglip-vit-so400m.*this student reads"):
         OpenVLAOFT.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
+    with pytest.raises(CheckpointError, match=r"/no/where/at all "):
         OpenVLAOFT.from_pretrained(tmp_path / "no" / "where" / "at all")
 
 
@@ -337,7 +337,9 @@ def test_statistics_are_chosen_by_name_or_by_suite(tmp_path):
 
 def test_serving_and_export_take_the_statistics(tmp_path):
     folder = several(tmp_path / "policy")
-    with pytest.raises(CheckpointError, match="none was chosen"):
+    with pytest.raises(
+        CheckpointError, match=r"3 datasets.*bridge_orig, libero_goal_no_noops, libero_spatial_no_noops"
+    ):
         load_policy(folder)
     served = load_policy(folder, statistics="bridge_orig")
     assert served.student.action_bounds.high.tolist() == [4.0] * 7

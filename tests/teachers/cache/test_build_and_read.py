@@ -247,7 +247,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(source, folder):
         build(FakeTeacher(), source, folder, dtype="fp4")
     with pytest.raises(ConfigError, match="batch_size is 0"):
         build(FakeTeacher(), source, folder, batch_size=0)
-    with pytest.raises(DataError, match="no episodes"):
+    with pytest.raises(DataError, match=r"demo has no"):
         build(FakeTeacher(), FakeSource(()), folder)
     assert not folder.exists()
 
@@ -288,7 +288,7 @@ def test_damage_is_found_named_and_mended(source, folder):
 
 
 def test_no_cache_and_other_versions_are_named(source, folder):
-    with pytest.raises(DataError, match="does not exist; build the cache first"):
+    with pytest.raises(DataError, match=r"cache/header\.json"):
         CachedTeacher(folder)
     build(FakeTeacher(), source, folder)
     path = folder / "header.json"
@@ -300,7 +300,7 @@ def test_no_cache_and_other_versions_are_named(source, folder):
     with pytest.raises(DataError, match="colour"):
         CachedTeacher(folder)
     path.write_text("{")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"header\.json .*line 1 column 2"):
         CachedTeacher(folder)
 
 
@@ -320,7 +320,7 @@ def test_the_disk_is_checked_first_and_a_full_one_keeps_what_is_done(source, fol
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_build.os, "fsync", full)
-        with pytest.raises(EnvironmentSetupError, match="completed shards are kept"):
+        with pytest.raises(EnvironmentSetupError, match=r"/cache is full"):
             build(FakeTeacher(), source, folder)
     assert cache_info(folder).shards == 1
     assert verify_cache(folder) == []
