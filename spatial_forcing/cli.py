@@ -20,6 +20,7 @@ from spatial_forcing.registry import unknown
 
 INTERRUPTED = 130
 USER_ERROR = 2
+STAND_INS = "--stand-ins"
 PIPE_CLOSED = 141
 """128 + SIGPIPE, what a shell reports for a program that a closed pipe has ended."""
 
@@ -28,12 +29,14 @@ PIPE_CLOSED = 141
 class Command:
     """Where a command's function is (`module:function` below `spatial_forcing.commands`).
 
-    A `raw` function takes (prog, arguments) and parses them itself.
+    A `raw` function takes (prog, arguments) and parses them itself. One that `simulates` also takes
+    `--stand-ins`: where LIBERO's assets are not found, plain ones are made.
     """
 
     target: str
     summary: str
     raw: bool = False
+    simulates: bool = False
 
 
 Commands = Mapping[str, "Command | Commands"]
@@ -52,11 +55,15 @@ COMMANDS: Commands = {
         "quickstart:quickstart", "the whole job in small: record, cache, train, evaluate, report"
     ),
     "data": {
-        "record": Command("data:record", "record demonstrations of scripted experts into a LeRobot dataset"),
+        "record": Command(
+            "data:record", "record demonstrations of scripted experts into a LeRobot dataset", simulates=True
+        ),
         "check": Command("data:check", "find damaged files, NaN, wrong shapes, videos and statistics"),
         "stats": Command("data:stats", "recompute a dataset's statistics"),
         "info": Command("data:info", "print what a dataset holds"),
-        "convert": Command("data:convert", "convert another format into a LeRobot dataset", raw=True),
+        "convert": Command(
+            "data:convert", "convert another format into a LeRobot dataset", raw=True, simulates=True
+        ),
     },
     "teacher": {
         "list": Command("teacher:list_teachers", "the teachers that can be named, with their licences"),
@@ -72,9 +79,11 @@ COMMANDS: Commands = {
     },
     "doctor": Command("doctor:doctor", "inspect an unknown model, verify its token grid, print its adapter"),
     "train": Command("train:train", "fine-tune a policy, with or without spatial forcing", raw=True),
-    "evaluate": Command("evaluate:evaluate", "closed-loop success rates with intervals and videos"),
+    "evaluate": Command(
+        "evaluate:evaluate", "closed-loop success rates with intervals and videos", simulates=True
+    ),
     "compare": Command(
-        "compare:compare", "arms x training seeds, matched: what helps, by how much", raw=True
+        "compare:compare", "arms x training seeds, matched: what helps, by how much", raw=True, simulates=True
     ),
     "compare-checkpoints": Command("compare:checkpoints", "two policies over identical episodes (McNemar)"),
     "sample-size": Command("compare:sample_size", "how many seeds and episodes a difference needs"),
@@ -84,6 +93,9 @@ COMMANDS: Commands = {
     "lerobot": {
         "init": Command("lerobot:init", "turn a stock LeRobot checkpoint into one the plugin fine-tunes"),
         "export": Command("lerobot:export", "turn a checkpoint of the plugin back into the stock policy's"),
+    },
+    "libero": {
+        "stand-ins": Command("libero:stand_ins", "make plain assets for two suites, instead of a download"),
     },
     "serve": Command("serve:serve", "serve a policy to robots over websocket (openpi's protocol)"),
     "report": Command("report:report", "rebuild the HTML report of a quickstart folder"),
@@ -139,6 +151,11 @@ def run(arguments: Sequence[str]) -> None:
     module, function = command.target.split(":")
     target = getattr(importlib.import_module(f"spatial_forcing.commands.{module}"), function)
     prog = " ".join(["spatial-forcing", *path])
+    if command.simulates and STAND_INS in rest:
+        from spatial_forcing.envs.libero_setup import ensure_assets
+
+        rest.remove(STAND_INS)
+        ensure_assets()
     if command.raw:
         target(prog, rest)
     else:

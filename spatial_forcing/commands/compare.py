@@ -28,7 +28,8 @@ def compare(prog: str, arguments: Sequence[str]) -> None:
     """Train and evaluate arms x training seeds, matched in everything else, and report the differences.
 
     `--config FILE` (a compare.json) gives the starting point, every other option overrides one setting of it.
-    The same command resumes; more arms and seeds may be added to it later.
+    The same command resumes; more arms and seeds may be added to it later. `--stand-ins`: where LIBERO's
+    assets are not found, plain ones are made and used.
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", type=Path, default=None)

@@ -26,7 +26,10 @@ Root = Annotated[Path, tyro.conf.Positional]
 
 
 def record(config: tyro.conf.OmitArgPrefixes[RecordConfig]) -> None:
-    """Record demonstrations of scripted experts into a LeRobot v3.0 dataset; the same command resumes."""
+    """Record demonstrations of scripted experts into a LeRobot v3.0 dataset; the same command resumes.
+
+    `--stand-ins`: where LIBERO's assets are not found, plain ones are made and used.
+    """
     root = record_demonstrations(config)
     dataset = Dataset.open(root)
     Console().print(f"{len(dataset.episodes)} episodes, {len(dataset)} frames in {root}")
@@ -82,7 +85,10 @@ def info(root: Root) -> None:
 
 
 def convert(prog: str, arguments: Sequence[str]) -> None:
-    """Convert another format into a LeRobot v3.0 dataset: `data convert NAME OPTIONS`. It resumes."""
+    """Convert another format into a LeRobot v3.0 dataset: `data convert NAME OPTIONS`. It resumes.
+
+    `--stand-ins`: where LIBERO's assets are not found, plain ones are made and used.
+    """
     names = ", ".join(sorted(CONVERTERS))
     if arguments and arguments[0] in ("-h", "--help"):
         Console().print(f"usage: {prog} NAME OPTIONS\n\n{convert.__doc__}\nNAME is one of: {names}.")

@@ -84,7 +84,10 @@ def suite_statistics(policy: Path, tasks: Sequence[str]) -> str | None:
 
 
 def evaluate(options: tyro.conf.OmitArgPrefixes[EvaluateOptions]) -> None:
-    """Closed-loop success rates with 95 % intervals; the same command resumes."""
+    """Closed-loop success rates with 95 % intervals; the same command resumes.
+
+    `--stand-ins`: where LIBERO's assets are not found, plain ones are made and used.
+    """
     tasks = expand_tasks(options.tasks)
     statistics = options.statistics or suite_statistics(options.policy, tasks)
     policy: Any = load_student(options.policy, statistics=statistics)

@@ -30,6 +30,7 @@ from spatial_forcing.envs.libero_setup import (
     init_states,
     instruction_of,
     libero,
+    require_suite,
     task_entry,
     uses_stand_ins,
 )
@@ -83,6 +84,7 @@ class LiberoEnv(SimulatedEnv):
     ) -> None:
         suite, _ = parse_task(task)
         check_conventions(orientation, rotation)
+        require_suite(task)
         if horizons not in HORIZONS:
             raise unknown("horizons", horizons, HORIZONS)
         self._orientation, self._rotation = orientation, rotation

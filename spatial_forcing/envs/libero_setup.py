@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from spatial_forcing.envs.gl import ensure_gl
+from spatial_forcing.envs.libero_stand_ins import STAND_INS, make_stand_ins, stand_in_folder, suites_of
 from spatial_forcing.envs.libero_tasks import COUNTS, parse_task
 from spatial_forcing.errors import ConfigError, EnvironmentSetupError
 from spatial_forcing.registry import unknown
@@ -24,8 +25,6 @@ from spatial_forcing.registry import unknown
 ASSETS_VARIABLE = "SF_LIBERO_ASSETS"
 DOWNLOADED = Path.home() / ".cache" / "libero" / "assets"
 """Where LIBERO itself downloads them to."""
-STAND_INS = "STAND_INS.md"
-"""A file of this name in the assets says that some of them are stand-ins for the originals."""
 
 
 def package_folder() -> Path:
@@ -45,21 +44,52 @@ def package_folder() -> Path:
 
 
 def find_assets() -> Path:
-    """The folder of meshes and textures: `$SF_LIBERO_ASSETS`, else the package's own or its download.
+    """The folder of meshes and textures.
+
+    `$SF_LIBERO_ASSETS`; without it the package's own, its download, or stand-ins that were made before.
 
     Raises:
-        EnvironmentSetupError: neither is there; says how to get them.
+        EnvironmentSetupError: none is there; says how to get them.
     """
     wanted = os.environ.get(ASSETS_VARIABLE)
-    places = [Path(wanted)] if wanted else [package_folder() / "assets", DOWNLOADED]
+    places = [Path(wanted)] if wanted else [package_folder() / "assets", DOWNLOADED, stand_in_folder()]
     folder = next((place for place in places if (place / "scenes").is_dir()), None)
     if folder is None:
         searched = " or ".join(str(place) for place in places)
         raise EnvironmentSetupError(
             f"LIBERO's assets are not in {searched} (no scenes/ there). Download the dataset repository "
-            f"lerobot/libero-assets from the hub, unpack it, and set {ASSETS_VARIABLE} to its folder."
+            f"lerobot/libero-assets from the hub, unpack it, and set {ASSETS_VARIABLE} to its folder; or "
+            "give "
+            "--stand-ins to run libero_spatial and libero_object with plain stand-ins that are made here."
         )
     return folder
+
+
+def ensure_assets() -> Path:
+    """`find_assets`, and where nothing is found stand-ins, made in the user's cache folder.
+
+    Raises:
+        EnvironmentSetupError: LIBERO is not installed, or `$SF_LIBERO_ASSETS` names a folder without assets.
+    """
+    try:
+        return find_assets()
+    except EnvironmentSetupError:
+        if os.environ.get(ASSETS_VARIABLE):
+            raise
+        package_folder()
+        return make_stand_ins()
+
+
+def require_suite(task: str) -> None:
+    """Raise `EnvironmentSetupError` where the assets in use are stand-ins that lack `task`'s objects."""
+    suite, _ = parse_task(task)
+    assets = find_assets()
+    suites = suites_of(assets)
+    if suites is not None and suite not in suites:
+        raise EnvironmentSetupError(
+            f"{task}: the stand-ins in {assets} are made for {' and '.join(suites)}. Download the dataset "
+            f"repository lerobot/libero-assets from the hub, and set {ASSETS_VARIABLE} to its folder."
+        )
 
 
 def uses_stand_ins() -> bool:

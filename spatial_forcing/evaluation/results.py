@@ -96,7 +96,7 @@ def rates_by_task(episodes: Iterable[EpisodeResult]) -> dict[str, Rate]:
 def remarks(episodes: Iterable[EpisodeResult]) -> tuple[str, ...]:
     """What every table of these results must say beside the figures."""
     stand_ins = any(episode.setup.get("assets") == "stand-ins" for episode in episodes)
-    return ("Stand-in assets: not comparable with published results.",) if stand_ins else ()
+    return ("Stand-in looks: not comparable with published results.",) if stand_ins else ()
 
 
 def success_table(

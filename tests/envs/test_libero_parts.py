@@ -23,7 +23,7 @@ from spatial_forcing.envs.libero_setup import (
 )
 from spatial_forcing.envs.libero_tasks import HORIZONS, parse_task
 from spatial_forcing.errors import ConfigError, EnvironmentSetupError
-from tests.envs.libero_case import needs_package
+from tests.envs.libero_case import needs_libero
 from tests.golden import golden
 
 
@@ -98,7 +98,7 @@ def test_a_missing_package_says_what_to_do(monkeypatch):
         libero_setup.package_folder()
 
 
-@needs_package
+@needs_libero
 @pytest.mark.parametrize(
     "task", ["libero_spatial-0", "libero_object-3", "libero_goal-9", "libero_10-0", "libero_90-5"]
 )
@@ -109,7 +109,7 @@ def test_fifty_initial_states_are_read_safely(task):
     assert len(np.unique(states, axis=0)) > 40
 
 
-@needs_package
+@needs_libero
 def test_initial_states_with_code_in_them_are_refused(tmp_path, monkeypatch):
     import pickle
 

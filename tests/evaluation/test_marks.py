@@ -20,7 +20,7 @@ def printed(setup):
 
 
 def test_every_table_of_stand_in_results_says_so():
-    assert "Stand-in assets: not comparable" in printed({"assets": "stand-ins"})
+    assert "Stand-in looks: not comparable" in printed({"assets": "stand-ins"})
     assert "Stand-in" not in printed({})
 
 

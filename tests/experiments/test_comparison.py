@@ -63,7 +63,7 @@ def test_a_control_that_solves_nothing_does_not_reach_the_threshold():
 
 
 def test_remarks_stand_beside_the_figures():
-    said = "Stand-in assets: not comparable with published results."
+    said = "Stand-in looks: not comparable with published results."
     marked = [replace(run, remarks=(said,)) for run in runs({"alpha0": 0.3, "sf": 0.8})]
     found = analyse(marked, controls=["alpha0"])
     assert found.sentences()[0] == said

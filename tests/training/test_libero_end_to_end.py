@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spatial_forcing.evaluation import read_results
-from tests.envs.libero_case import ASSETS, needs_libero, use_assets
+from tests.envs.libero_case import assets, needs_libero, use_assets
 
 STUDY = Path(__file__).parents[2] / "studies" / "libero" / "study.py"
 
@@ -28,7 +28,7 @@ def test_the_study_runs_from_demonstrations_to_results(tmp_path, monkeypatch):
     episodes = read_results(tmp_path / "study" / "results.jsonl")
     assert [episode.tags["arm"] for episode in episodes] == ["base", "sf"]
     assert all(0 < episode.steps <= 220 for episode in episodes)
-    if (ASSETS / "STAND_INS.md").exists():
+    if (assets() / "STAND_INS.md").exists():
         assert all(episode.setup["assets"] == "stand-ins" for episode in episodes)
     lines = [json.loads(line) for line in (tmp_path / "study" / "open_loop.jsonl").read_text().splitlines()]
     assert [(line["arm"], line["step"]) for line in lines] == [
