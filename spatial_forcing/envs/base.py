@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spatial_forcing.envs import libero_tasks
+from spatial_forcing.envs import libero_tasks, robosuite_tasks
 from spatial_forcing.envs.metaworld_tasks import INSTRUCTIONS
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.protocols import Env
@@ -67,6 +67,17 @@ for _name in libero_tasks.COUNTS:
             unsolved=tuple(task for task in libero_tasks.UNSOLVED if task.startswith(f"{_name}-")),
         ),
     )
+SUITES.add(
+    "robosuite",
+    Suite(
+        tuple(robosuite_tasks.TASKS),
+        "spatial_forcing.envs.robosuite:RobosuiteEnv",
+        cameras=("agentview", "robot0_eye_in_hand"),
+        horizon=400,
+        fresh=True,
+        unsolved=robosuite_tasks.UNSOLVED,
+    ),
+)
 SUITES.add(
     "aloha",
     Suite(

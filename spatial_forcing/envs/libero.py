@@ -6,9 +6,8 @@ Action, (7,) float32 in [-1, 1]: displacement, rotation, gripper (-1 open, +1 cl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,7 @@ from spatial_forcing.envs.libero_conventions import (
     oriented_intrinsics,
     quat_to_axis_angle,
 )
-from spatial_forcing.envs.libero_expert import PickAndPlace
+from spatial_forcing.envs.libero_expert import LiberoExpert
 from spatial_forcing.envs.libero_plus import NONE, Perturbation
 from spatial_forcing.envs.libero_setup import (
     bddl_file,
@@ -34,18 +33,18 @@ from spatial_forcing.envs.libero_setup import (
     task_entry,
     uses_stand_ins,
 )
-from spatial_forcing.envs.libero_tasks import CAMERAS, HORIZONS, INIT_STATES, Horizons, parse_task
-from spatial_forcing.envs.renderer import FastRenderer
-from spatial_forcing.envs.simulated import Frame, SimulatedEnv
+from spatial_forcing.envs.libero_tasks import HORIZONS, INIT_STATES, Horizons, parse_task
+from spatial_forcing.envs.robosuite_sim import CAMERAS, RobosuiteSim, private_random
+from spatial_forcing.envs.simulated import Frame
 from spatial_forcing.protocols import Observation
 from spatial_forcing.registry import unknown
 
-STATE_DIM, ACTION_DIM = 8, 7
+STATE_DIM = 8
 SETTLE_STEPS = 10
 """Steps without motion after every reset, while objects come to rest; not counted in the horizon."""
 
 
-class LiberoEnv(SimulatedEnv):
+class LiberoEnv(RobosuiteSim):
     """One LIBERO task; implements `protocols.Env`.
 
     `reset(seed=EVALUATION_SEEDS[i])`, or `options={"init_state": i}`, starts from official state i (modulo
@@ -68,8 +67,6 @@ class LiberoEnv(SimulatedEnv):
         EnvironmentSetupError: LIBERO, its assets or a GL library are missing.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 20}
-
     def __init__(
         self,
         task: str,
@@ -90,19 +87,18 @@ class LiberoEnv(SimulatedEnv):
         self._orientation, self._rotation = orientation, rotation
         self._perturbation = Perturbation.parse(perturbation)
         self._inits = init_states(task)
-        with _private_random(0):
-            self._sim = _make_simulator(task)
-        self._raw: dict[str, Any] = {}
+        with private_random(0):
+            sim = _make_simulator(task)
         super().__init__(
+            sim,
+            sim.env,
             task,
             instruction_of(task_entry(task)),
             cameras=cameras,
-            image_size=(image_size, image_size),
+            image_size=image_size,
             horizon=HORIZONS[horizons][suite] if horizon is None else horizon,
-            actions=(-np.ones(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32)),
             state_dim=STATE_DIM,
         )
-        self._placed = _unplaced(self._sim)
         self._perturbation.apply(self._model, self._cameras)
 
     @property
@@ -127,16 +123,9 @@ class LiberoEnv(SimulatedEnv):
             self._sim.set_init_state(self._inits[init % len(self._inits)])
         return self._settle(seed), {"success": False, "seed": seed, "init_state": init}
 
-    def close(self) -> None:
-        """Free the renderer and the simulator; harmless when repeated."""
-        super().close()
-        if self._sim is not None:
-            self._sim.close()
-            self._sim = None
-
-    def expert(self) -> PickAndPlace:
+    def expert(self) -> LiberoExpert:
         """A scripted controller on privileged state, for tasks of the form "pick up A and place it on B"."""
-        return PickAndPlace(self._task)
+        return LiberoExpert(self._task)
 
     def simulator_state(self) -> NDArray[np.float64]:
         """The flattened simulator state, as the official initial states have it. Privileged."""
@@ -148,45 +137,14 @@ class LiberoEnv(SimulatedEnv):
         self._sim.set_init_state(state)
         return self._settle(0)
 
-    def objects(self) -> dict[str, NDArray[np.float64]]:
-        """Positions (3,) in metres of all objects by name. Privileged."""
-        suffix = "_pos"
-        return {
-            key.removesuffix(suffix): np.array(value, np.float64)
-            for key, value in self._raw.items()
-            if key.endswith(suffix) and not key.startswith("robot0") and "_to_" not in key
-        }
-
     def objects_of_interest(self) -> tuple[str, ...]:
         """The objects that the goal names, in its order."""
         return tuple(self._sim.env.obj_of_interest)
-
-    def hand(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Hand position (3,) in metres and finger positions (2,)."""
-        return np.array(self._raw["robot0_eef_pos"]), np.array(self._raw["robot0_gripper_qpos"])
 
     def camera_parameters(self, camera: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """See `SimulatedEnv`; of the oriented image."""
         K, pose = super().camera_parameters(camera)
         return oriented_intrinsics(K, self._size[0], self._orientation), pose
-
-    @property
-    def _model(self) -> Any:
-        return self._sim.sim.model._model
-
-    @property
-    def _data(self) -> Any:
-        return self._sim.sim.data._data
-
-    def _begin(self, placement: int) -> None:
-        """Soft reset with objects placed as by the seed `placement`."""
-        # What the simulator's own soft reset forgets: where fixtures were before they were placed (objects on
-        # them are placed relative to that), and the gripper's last command.
-        self._model.body_pos[:], self._model.body_quat[:] = self._placed
-        for robot in self._sim.robots:
-            robot.gripper.current_action = np.zeros_like(robot.gripper.current_action)
-        with _private_random(placement):
-            self._sim.reset()
 
     def _settle(self, seed: int) -> Observation:
         self._perturbation.begin(seed)
@@ -195,19 +153,13 @@ class LiberoEnv(SimulatedEnv):
         return self._begin_episode()
 
     def _apply(self, action: NDArray[np.float32]) -> tuple[float, bool, bool]:
-        self._raw, reward, done, _ = self._sim.step(action)
+        self._raw, reward, done, _ = self._sim.step(action)  # LIBERO's `done` is its success
         return float(reward), bool(done), bool(done)
 
     def _state(self) -> NDArray[np.float32]:
         raw = self._raw
         turn = quat_to_axis_angle(raw["robot0_eef_quat"], self._rotation)
         return np.concatenate([raw["robot0_eef_pos"], turn, raw["robot0_gripper_qpos"]]).astype(np.float32)
-
-    def _new_renderer(self) -> FastRenderer:
-        renderer = super()._new_renderer()
-        renderer.option.geomgroup[0] = 0  # collision shapes
-        renderer.option.sitegroup[:] = 0
-        return renderer
 
     def _deliver(self, camera: str, frame: Frame) -> Frame:
         rgb = self._perturbation.noise(frame[0], self._steps or 0, camera)
@@ -224,25 +176,6 @@ def _make_simulator(task: str) -> Any:
         hard_reset=False,
         ignore_done=True,
     )
-
-
-def _unplaced(sim: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Positions and orientations of all bodies as the scene's description has them, before any placement."""
-    import mujoco
-
-    model = mujoco.MjModel.from_xml_string(sim.env.model.get_xml())
-    return model.body_pos.copy(), model.body_quat.copy()
-
-
-@contextmanager
-def _private_random(seed: int) -> Iterator[None]:
-    """The simulator draws from numpy's global stream; ours is put back afterwards."""
-    before = np.random.get_state()  # noqa: NPY002
-    np.random.seed(seed)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(before)  # noqa: NPY002
 
 
 def _start_of(seed: int | None, options: dict[str, Any] | None) -> tuple[int | None, int | None]:

@@ -112,9 +112,10 @@ class Normalizer(nn.Module):
             )
         value = torch.as_tensor(stats[feature][name], dtype=torch.float64).flatten()
         if value.shape != self.offset.shape or not bool(torch.isfinite(value).all()):
+            setting = "student.action_dim" if feature == "action" else "student.state_dim"
             raise DataError(
                 f"statistic {name!r} of {feature!r} is {value.tolist()}; expected {self.offset.numel()} "
-                "finite numbers. The student's dimensions must be those of the dataset."
+                f"finite numbers. Set {setting} to the dataset's, or take a preset for it."
             )
         return value
 

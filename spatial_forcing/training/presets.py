@@ -6,6 +6,7 @@ config = preset("nano-metaworld", dataset="data", output="runs/sf", overrides={"
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,20 @@ def nano_metaworld(dataset: Path, output: Path) -> TrainConfig:
         batch_size=32,
         optim=OptimConfig(lr=1e-3, warmup_steps=50, decay="cosine"),
     )
+
+
+@PRESETS.register("nano-robosuite")
+def nano_robosuite(dataset: Path, output: Path) -> TrainConfig:
+    """The same for robosuite's tasks in robomimic's conventions; its 84-pixel views are enlarged to 96."""
+    student = NanoConfig(
+        cameras=("agentview", "robot0_eye_in_hand"),
+        image_size=96,
+        state_dim=9,
+        action_dim=7,
+        chunk=8,
+        max_text=12,
+    )
+    return replace(nano_metaworld(dataset, output), student=student)
 
 
 LIBERO_SUITES = ("spatial", "object", "goal", "10")

@@ -95,7 +95,7 @@ def test_official_states_are_the_start(env):
 
 
 def test_nothing_is_rendered_until_it_is_read(setup, monkeypatch):
-    import spatial_forcing.envs.libero as module
+    import spatial_forcing.envs.simulated as module
 
     env = make_env(TASK, image_size=32)
     made = []
@@ -146,12 +146,13 @@ def test_the_expert_solves_the_task(env):
 
 def test_the_expert_lifts_a_flat_box_and_opens_its_fingers_in_passing(setup):
     """A hand that rests before it opens its fingers teaches a policy without memory to rest."""
-    from spatial_forcing.envs.libero_expert import OPEN, PickAndPlace
+    from spatial_forcing.envs.libero_expert import LiberoExpert
+    from spatial_forcing.envs.pick_and_place import OPEN
 
     env = make_env("libero_object-6", image_size=32)
     try:
         env.reset(seed=100)
-        expert, actions, done = PickAndPlace("libero_object-6"), [], False
+        expert, actions, done = LiberoExpert("libero_object-6"), [], False
         while not done:
             actions.append(expert.action(env))
             _, _, terminated, truncated, info = env.step(actions[-1])
@@ -164,12 +165,12 @@ def test_the_expert_lifts_a_flat_box_and_opens_its_fingers_in_passing(setup):
 
 
 def test_tasks_without_an_expert_say_so(setup):
-    from spatial_forcing.envs.libero_expert import PickAndPlace
+    from spatial_forcing.envs.libero_expert import LiberoExpert
 
     with pytest.raises(ConfigError, match=r"libero_goal-0 .* libero_spatial and libero_object"):
-        PickAndPlace("libero_goal-0")
+        LiberoExpert("libero_goal-0")
     with pytest.raises(ConfigError, match=r"libero_spatial-4 is not solved .* drawer"):
-        PickAndPlace("libero_spatial-4")
+        LiberoExpert("libero_spatial-4")
 
 
 def test_perturbed_scenes_look_different(env, setup):

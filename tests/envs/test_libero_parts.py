@@ -62,7 +62,7 @@ def test_tasks_have_names_and_suites():
     assert parse_task("libero_90-89") == ("libero_90", 89)
     assert expand_tasks(["libero_goal", "reach-v3"])[-2:] == ("libero_goal-9", "reach-v3")
     assert suite_of("libero_10-3").horizon == 520
-    assert len(set(list_tasks())) == len(list_tasks()) == 50 + 130 + 2
+    assert len(set(list_tasks())) == len(list_tasks()) == 50 + 130 + 2 + 5
     assert HORIZONS["openvla"]["libero_spatial"] == 220
     assert SUITES["libero_spatial"].fresh
     with pytest.raises(ConfigError, match="libero_spatial-10"):
