@@ -42,8 +42,8 @@ from spatial_forcing.students.base import (
     StudentSpec,
     read_config,
 )
-from spatial_forcing.students.fingerprint import weights_fingerprint
 from spatial_forcing.students.heads import Generators
+from spatial_forcing.students.weights import weights_fingerprint
 
 MODEL_TYPE = "lora"
 ADAPTER = "default"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from spatial_forcing.errors import CheckpointError
 
 T = TypeVar("T")
+SAMPLES = 64
+"""Numbers read from each tensor for a fingerprint, evenly spread."""
 
 
 def open_weights(path: Path) -> Any:
@@ -84,3 +87,18 @@ def renamed(
         result.setdefault(new, value)
         origin.setdefault(new, name)
     return result
+
+
+def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """16 hex digits over names, shapes, types and `SAMPLES` numbers of each tensor; no more is read.
+
+    Enough to notice that a base was exchanged, retrained or merged.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().reshape(-1)
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        if len(flat):
+            where = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).long()
+            digest.update(flat[where.to(flat.device)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
