@@ -98,7 +98,8 @@ COMMANDS: Commands = {
         "stand-ins": Command("libero:stand_ins", "make plain assets for two suites, instead of a download"),
     },
     "serve": Command("serve:serve", "serve a policy to robots over websocket (openpi's protocol)"),
-    "report": Command("report:report", "rebuild the HTML report of a quickstart folder"),
+    "report": Command("report:report", "make the page of a quickstart or comparison again"),
+    "open": Command("report:open_page", "show a page in the browser"),
 }
 
 

@@ -30,7 +30,7 @@ from spatial_forcing.errors import ConfigError
 from spatial_forcing.experiments.checks import check_folder
 from spatial_forcing.experiments.config import CompareConfig, cells, train_config
 from spatial_forcing.experiments.report import PAGE, write_page
-from spatial_forcing.experiments.run import RESULT, Run, compare
+from spatial_forcing.experiments.run import RESULT, Run, compare, reread
 from spatial_forcing.experiments.statistics import Comparison
 from spatial_forcing.forcing.config import resolve_pairs
 from spatial_forcing.nano_teacher.tasks import check_held_out
@@ -190,18 +190,17 @@ def run_quickstart(config: QuickstartConfig, console: Console | None = None) -> 
     return page
 
 
-def rebuild_report(folder: Path, console: Console | None = None) -> Path:
-    """Make the report of a finished quickstart again; everything else is reused.
+def rebuild_report(folder: Path) -> Path:
+    """Make the page of a finished quickstart again, and nothing else; the folder may have been moved.
 
     Raises:
-        ConfigError: `folder` is not a quickstart's.
+        ConfigError: `folder` is not a finished quickstart's.
     """
     settings = folder / SETTINGS
     if not settings.exists():
         raise ConfigError(f"{settings} does not exist; give the --output of a quickstart.")
-    config = from_plain(QuickstartConfig, json.loads(settings.read_text()))
-    (folder / PAGE).unlink(missing_ok=True)
-    return run_quickstart(replace(config, output=folder), console)
+    config = replace(from_plain(QuickstartConfig, json.loads(settings.read_text())), output=folder)
+    return _write(config, reread(config.comparison))
 
 
 @contextmanager
@@ -213,7 +212,7 @@ def stage(name: str, console: Console) -> Iterator[None]:
     console.print(f"   {time.monotonic() - started:.0f} s", style="dim")
 
 
-def _write(config: QuickstartConfig, found: Comparison) -> None:
+def _write(config: QuickstartConfig, found: Comparison) -> Path:
     """Probe the final policies and write the page; takes about half a minute."""
     runs = {
         cell.arm.name: Run(cell, train_config(config.comparison, cell)) for cell in cells(config.comparison)
@@ -223,7 +222,7 @@ def _write(config: QuickstartConfig, found: Comparison) -> None:
     forced = runs[FORCED].train
     untrained = cast(Student, make_student(forced, dataset))
     layer = resolve_pairs(forced.forcing.pairs, len(untrained.blocks), teacher.depth)[0][0]
-    write_page(
+    return write_page(
         config.comparison,
         found,
         title="Spatial Forcing quickstart",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from spatial_forcing.analysis.probe_page import read_probe
 from spatial_forcing.analysis.report import Media, ReportData, Section, write_report
 from spatial_forcing.analysis.run_page import numbers_section, read_representation
+from spatial_forcing.errors import ConfigError
 from spatial_forcing.evaluation import read_results
-from spatial_forcing.experiments.checks import EPISODES
+from spatial_forcing.experiments.checks import CONFIG, EPISODES
 from spatial_forcing.experiments.config import RUNS, CompareConfig, cells
+from spatial_forcing.experiments.run import reread
 from spatial_forcing.experiments.sections import comparison_section, gradient_sections, training_section
 from spatial_forcing.experiments.statistics import Comparison
 from spatial_forcing.training import read_metrics
@@ -37,8 +41,7 @@ def write_page(
         title: heading.
         notes: further limits of what is shown.
         sections: put after the losses; default: the evidence that lies in the folder, which is the depth
-            probe of
-            the policies (`spatial-forcing probe --output FOLDER/probe`) and the analysis of the runs
+            probe of the policies (`spatial-forcing probe --output FOLDER/probe`) and the analysis of the runs
             (`spatial-forcing analyse --run FOLDER/runs/RUN`).
         commands: that repeat it; default: `compare` with its file.
         settings: further settings to be shown, by name.
@@ -63,6 +66,19 @@ def write_page(
         commands=tuple(commands) or (f"spatial-forcing compare --config {config.output / 'compare.json'}",),
     )
     return write_report(data, config.output / PAGE)
+
+
+def rebuild_page(folder: Path) -> Path:
+    """Make the page of a finished comparison again, and nothing else; the folder may have been moved.
+
+    Raises:
+        ConfigError: `folder` holds no finished comparison.
+    """
+    settings = folder / CONFIG
+    if not settings.exists():
+        raise ConfigError(f"{settings} does not exist; give the output of `compare` or `quickstart`.")
+    config = replace(CompareConfig.from_plain(json.loads(settings.read_text())), output=folder)
+    return write_page(config, reread(config))
 
 
 def _notes(config: CompareConfig) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from spatial_forcing.analysis.features import Frames
 from spatial_forcing.data import Dataset, DecodedStore
 from spatial_forcing.envs import make_env
 from spatial_forcing.envs.base import suite_of
+from spatial_forcing.errors import ConfigError
 from spatial_forcing.evaluation import evaluate, read_results
 from spatial_forcing.evaluation.open_loop import open_loop_errors
 from spatial_forcing.evaluation.paired import outcomes
@@ -123,6 +124,20 @@ def compare(config: CompareConfig, console: Console | None = None, make: MakeEnv
         console.print(f"- {sentence}", highlight=False)
     console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     return found
+
+
+def reread(config: CompareConfig) -> Comparison:
+    """The comparison of what lies in `config.output`: nothing is trained, evaluated or written.
+
+    Raises:
+        ConfigError: the folder holds no result of a comparison.
+    """
+    result = config.output / RESULT
+    if not result.exists():
+        raise ConfigError(f"{result} does not exist; the comparison is not finished: run it again.")
+    runs = [Run(cell, train_config(config, cell)) for cell in cells(config)]
+    remarks = tuple(json.loads(result.read_text())["remarks"])
+    return replace(read_comparison(config, runs), audits=_audits(runs), remarks=remarks)
 
 
 def prepare(config: CompareConfig, dataset: Dataset, make: MakeEnv = make_env) -> list[Run]:

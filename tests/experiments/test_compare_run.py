@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from spatial_forcing.analysis.run_page import read_representation
+from spatial_forcing.commands import report as report_command
 from spatial_forcing.commands.analyse import AnalyseOptions, analyse
 from spatial_forcing.commands.probe import ProbeOptions, probe
 from spatial_forcing.data import Dataset
@@ -239,6 +240,37 @@ def test_held_out_errors_stand_beside_success(moving_rooms, tmp_path, trained, e
     evaluated.clear()
     assert compare(config, QUIET, make_room).to_json() == found.to_json()
     assert trained == evaluated == []
+
+
+def test_the_page_is_made_again_from_a_folder_that_was_moved(
+    moving_rooms, tmp_path, trained, evaluated, monkeypatch
+):
+    config = settings(moving_rooms, tmp_path / "out", held_out=0.25, steps=4, checkpoints=1, videos=1)
+    found = compare(config, QUIET, make_room)
+    before = write_page(config, found).read_bytes()
+    moved = config.output.rename(tmp_path / "moved")
+    (moved / "report.html").unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in moved.rglob("*") if path.is_file()}
+    trained.clear()
+    evaluated.clear()
+    report_command.report(moved)
+    assert trained == evaluated == []
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    after = (moved / "report.html").read_bytes()
+    assert after.replace(b"/moved", b"/out") == before
+    seen = []
+    monkeypatch.setattr("webbrowser.open", lambda address: seen.append(address) or True)
+    report_command.open_page(moved)
+    assert seen == [(moved / "report.html").resolve().as_uri()]
+
+    (moved / "comparison.json").unlink()
+    with pytest.raises(ConfigError, match=r"moved/comparison\.json"):
+        report_command.report(moved)
+    assert (moved / "report.html").read_bytes() == after
+    with pytest.raises(ConfigError, match=r"compare\.json does not exist"):
+        report_command.report(tmp_path)
+    with pytest.raises(ConfigError, match=r"/nothing holds no page"):
+        report_command.open_page(tmp_path / "nothing")
 
 
 def test_a_kill_between_runs_loses_no_finished_work(rooms, tmp_path, trained, evaluated, monkeypatch):
