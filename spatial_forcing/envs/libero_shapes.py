@@ -62,7 +62,7 @@ def box(half: Vec, at: Vec = ORIGIN, turn: Quat = UPRIGHT, material: str | None 
 
 
 def drum(
-    radius: float, half: float, at: Vec = ORIGIN, turn: Quat = UPRIGHT, sides: int = 12
+    radius: float, half: float, at: Vec = ORIGIN, turn: Quat = UPRIGHT, sides: int = 8
 ) -> tuple[Solid, ...]:
     """A round body along z as boxes through its axis: fingers that close on it touch faces, not one line."""
     chord = radius * math.tan(math.pi / sides)
@@ -70,6 +70,12 @@ def drum(
         Solid("box", (radius, chord, half), at, _product(turn, turned(z=360 * i / sides)))
         for i in range(sides // 2)
     )
+
+
+def foot(radius: float, half: float, height: float) -> tuple[Solid, Solid]:
+    """A round bottom as two crossed boxes: few contacts with what it stands on."""
+    long, short, at = 0.95 * radius, 0.6 * radius, (0.0, 0.0, height)
+    return box((long, short, half), at), box((short, long, half), at)
 
 
 def ring(

@@ -237,5 +237,5 @@ def test_walls_and_round_bodies_keep_their_radius():
         assert np.hypot(*part.at[:2]) == pytest.approx(0.025)
         assert part.at[2] == pytest.approx(0.025)
         assert part.size[0] == pytest.approx(np.hypot(0.01, 0.05) / 2)
-    assert [part.size[0] for part in drum(0.03, 0.1)] == [0.03] * 6
+    assert [part.size[0] for part in drum(0.03, 0.1)] == [0.03] * 4
     assert turned(z=180) == pytest.approx((0, 0, 0, 1), abs=1e-12)
