@@ -79,13 +79,13 @@ def foot(radius: float, half: float, height: float) -> tuple[Solid, Solid]:
 
 
 def ring(
-    start: tuple[float, float], end: tuple[float, float], thickness: float, sides: int = 16
+    start: tuple[float, float], end: tuple[float, float], thickness: float, width: float, sides: int = 16
 ) -> tuple[Solid, ...]:
-    """A wall around z as boxes, from (radius, height) to (radius, height)."""
+    """A wall around z as boxes of this half width, from (radius, height) to (radius, height)."""
     (r0, z0), (r1, z1) = start, end
     slope = math.degrees(math.atan2(z1 - z0, r1 - r0))
     length = math.hypot(r1 - r0, z1 - z0) / 2
-    middle, width = (r0 + r1) / 2, max(r0, r1) * math.tan(math.pi / sides)
+    middle = (r0 + r1) / 2
     turns = [360 * i / sides for i in range(sides)]
     return tuple(
         Solid(

@@ -94,6 +94,16 @@ def test_official_states_are_the_start(env):
         env.reset(options={"init_state": 50})
 
 
+def test_official_starts_throw_nothing_about(env):
+    """Official states hold bowl and plate inside each other (2 and 18 most); they part without a jump."""
+    for index in (0, 2, 18):
+        env.reset(options={"init_state": index})
+        heights = {name: place[2] for name, place in env.objects().items() if name.endswith(("_1", "_2"))}
+        on_table = {name: z for name, z in heights.items() if name.startswith(("akita", "plate", "glazed"))}
+        assert len(on_table) == 4
+        assert 0.88 < min(on_table.values()) <= max(on_table.values()) < 0.92
+
+
 def test_nothing_is_rendered_until_it_is_read(setup, monkeypatch):
     import spatial_forcing.envs.simulated as module
 

@@ -231,7 +231,7 @@ def test_a_turned_outline_is_closed_and_faces_outwards(sides, radius, height):
 
 
 def test_walls_and_round_bodies_keep_their_radius():
-    tilted = ring((0.02, 0.0), (0.03, 0.05), 0.002, sides=8)
+    tilted = ring((0.02, 0.0), (0.03, 0.05), 0.002, 0.01, sides=8)
     assert len(tilted) == 8
     for part in tilted:
         assert np.hypot(*part.at[:2]) == pytest.approx(0.025)
