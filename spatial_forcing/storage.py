@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from spatial_forcing.errors import EnvironmentSetupError
 
 SPARE_BYTES = 64 * 2**20
@@ -112,9 +109,3 @@ def exclusive(folder: Path, *, wait: bool, doing: str) -> Iterator[None]:
         handle.write(str(os.getpid()))
         handle.flush()
         yield
-
-
-def progress_bar(enabled: bool = True) -> Progress:
-    """Description, bar, count and time left, on the terminal's error stream."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not enabled)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "spatial_forcing"
 
 TIERS = [
     {"errors", "precision", "stem"},
-    {"registry", "storage"},
+    {"registry", "storage", "progress"},
     {"alignment"},
     {"protocols"},
     {"forcing", "envs"},

@@ -10,7 +10,7 @@ from typing import cast
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import TaskID
 from rich.table import Table
 from torch import nn
 
@@ -23,6 +23,7 @@ from spatial_forcing.analysis.report import write_report
 from spatial_forcing.data import Dataset
 from spatial_forcing.data.info import parse_keys
 from spatial_forcing.errors import ConfigError
+from spatial_forcing.progress import progress_bar
 from spatial_forcing.protocols import Student
 from spatial_forcing.storage import write_json
 from spatial_forcing.students import load_student
@@ -67,7 +68,7 @@ def probe(options: tyro.conf.OmitArgPrefixes[ProbeOptions]) -> None:
         raise ConfigError("--policies is empty; name at least one folder of a saved policy.")
     students = {str(folder): load_student(folder) for folder in options.policies}
     depth = min(len(student.blocks) for student in students.values())
-    with Progress() as bar:
+    with progress_bar(console=Console()) as bar:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:

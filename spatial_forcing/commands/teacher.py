@@ -14,7 +14,7 @@ from spatial_forcing.nano_teacher.pretrain import pretrain as run_pretraining
 from spatial_forcing.nano_teacher.pretrain import render_with_progress
 from spatial_forcing.nano_teacher.recipe import PretrainConfig
 from spatial_forcing.nano_teacher.scenes import SceneDataset
-from spatial_forcing.storage import progress_bar
+from spatial_forcing.progress import progress_bar
 from spatial_forcing.teachers import TEACHERS, load_teacher
 from spatial_forcing.teachers.vggt import VGGTTeacher
 

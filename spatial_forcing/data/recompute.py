@@ -22,7 +22,7 @@ from spatial_forcing.data.stats import (
 )
 from spatial_forcing.data.tables import read_table, to_numpy
 from spatial_forcing.errors import DataError
-from spatial_forcing.storage import progress_bar
+from spatial_forcing.progress import progress_bar
 
 
 def recompute_stats(root: str | Path, *, progress: bool = True) -> list[str]:

@@ -28,8 +28,9 @@ from spatial_forcing.data.info import INFO_FILE, DatasetInfo
 from spatial_forcing.data.writer import DatasetWriter
 from spatial_forcing.envs.base import DEMONSTRATION_SEEDS, expand_tasks, make_env, suite_of
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
+from spatial_forcing.progress import progress_bar
 from spatial_forcing.protocols import ExpertEnv
-from spatial_forcing.storage import progress_bar, require_disk, write_json
+from spatial_forcing.storage import require_disk, write_json
 
 RECORDING_FILE = "meta/recording.json"
 """What was asked for, the seed of every episode and the number of failed attempts by task."""

@@ -23,9 +23,9 @@ from PIL import Image
 
 from spatial_forcing.data.reader import Dataset
 from spatial_forcing.errors import DataError
+from spatial_forcing.progress import progress_bar
 from spatial_forcing.storage import (
     exclusive,
-    progress_bar,
     require_disk,
     user_cache_folder,
     writable,

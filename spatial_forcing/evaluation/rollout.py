@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 from torch import Tensor, nn
 
 from spatial_forcing.envs import make_env
@@ -34,6 +34,7 @@ from spatial_forcing.evaluation.workers import (
     WorkerPool,
     check_chunks,
 )
+from spatial_forcing.progress import ProgressBars, progress_bar
 from spatial_forcing.protocols import Observation
 
 HOPELESS = 3
@@ -122,7 +123,7 @@ def evaluate(
         with (
             _pool(workers, make, kwargs, len(specs), fresh) as pool,
             _eval_mode(policy),
-            _bar(progress) as bar,
+            progress_bar(progress, console=Console(), note="won") as bar,
         ):
             run.play(pool, bar, finished.values(), label=" ".join(str(v) for v in tags.values()))
     finished |= run.results
@@ -159,7 +160,9 @@ class _Run:
         self.repeated: set[EpisodeSpec] = set()
         self.seconds = self.busy = 0.0
 
-    def play(self, pool: WorkerPool, bar: Progress, finished: Iterable[EpisodeResult], label: str) -> None:
+    def play(
+        self, pool: WorkerPool, bar: ProgressBars, finished: Iterable[EpisodeResult], label: str
+    ) -> None:
         """Play what is queued; `finished` episodes of an earlier call are counted in the display."""
         earlier = [r.success for r in finished]
         already, earlier_won = len(earlier), sum(earlier)
@@ -312,8 +315,3 @@ def _eval_mode(policy: Policy) -> Iterator[None]:
         yield
     finally:
         policy.train(training)
-
-
-def _bar(show: bool) -> Progress:
-    text, won = TextColumn("{task.description}"), TextColumn("{task.fields[won]}")
-    return Progress(text, BarColumn(), MofNCompleteColumn(), won, TimeRemainingColumn(), disable=not show)

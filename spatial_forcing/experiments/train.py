@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 
 from spatial_forcing.errors import SpatialForcingError
+from spatial_forcing.progress import ProgressBars, progress_bar
 from spatial_forcing.storage import write_json
 from spatial_forcing.training import TrainConfig
 from spatial_forcing.training.run import METRICS, RESULT
@@ -52,9 +53,10 @@ def train_arms(arms: Mapping[str, TrainConfig], *, parallel: int, console: Conso
     waiting = list(arms.items())
     threads = max(1, (os.cpu_count() or 1) // min(parallel, len(waiting)))
     running: list[_Running] = []
-    with _bar(console) as bar:
+    with progress_bar(console=console, note="note") as bar:
         lines = {
-            name: bar.add_task(name, total=config.steps, note="waiting") for name, config in arms.items()
+            name: bar.add_task(f"   {name:8}", total=config.steps, note="waiting")
+            for name, config in arms.items()
         }
         try:
             while waiting or running:
@@ -89,7 +91,7 @@ def _start(config: TrainConfig, settings: Mapping[str, str]) -> subprocess.Popen
         )
 
 
-def _finished(arm: _Running, bar: Progress) -> bool:
+def _finished(arm: _Running, bar: ProgressBars) -> bool:
     code = arm.process.poll()
     metrics = _last_metrics(arm.config.output / METRICS)
     note = "starting"
@@ -129,15 +131,3 @@ def _stop(running: Sequence[_Running]) -> None:
         except subprocess.TimeoutExpired:
             arm.process.kill()
             arm.process.wait()
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("   {task.description:8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        refresh_per_second=2,
-    )

@@ -33,7 +33,8 @@ from spatial_forcing.nano_teacher.scenes import (
     missing_shards,
     render_scenes,
 )
-from spatial_forcing.storage import disk_full_explained, progress_bar, replace_file, write_json
+from spatial_forcing.progress import progress_bar
+from spatial_forcing.storage import disk_full_explained, replace_file, write_json
 from spatial_forcing.teachers.vggt.loading import find_local, load_vggt, save_vggt
 from spatial_forcing.teachers.vggt.model import VGGT
 

@@ -18,7 +18,8 @@ from spatial_forcing.data.convert import Converter, EpisodeSkipped, Schema, Sour
 from spatial_forcing.data.info import INFO_FILE, VIDEO_FILE, DatasetInfo
 from spatial_forcing.data.writer import STAGING, DatasetWriter
 from spatial_forcing.errors import ConfigError, DataError
-from spatial_forcing.storage import progress_bar, require_disk, write_json
+from spatial_forcing.progress import progress_bar
+from spatial_forcing.storage import require_disk, write_json
 
 logger = logging.getLogger(__name__)
 

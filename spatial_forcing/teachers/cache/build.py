@@ -17,8 +17,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from spatial_forcing.errors import ConfigError, DataError
+from spatial_forcing.progress import progress_bar
 from spatial_forcing.protocols import Teacher
-from spatial_forcing.storage import disk_full_explained, exclusive, free_bytes, progress_bar, require_disk
+from spatial_forcing.storage import disk_full_explained, exclusive, free_bytes, require_disk
 from spatial_forcing.teachers.cache.basis import Basis, Moments, fit_basis, load_bases, save_bases
 from spatial_forcing.teachers.cache.codec import DTYPES, CacheDtype
 from spatial_forcing.teachers.cache.encode import Encoder, ShardWriter, read_views, spread_frames
