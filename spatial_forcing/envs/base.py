@@ -60,7 +60,7 @@ for _name in libero_tasks.COUNTS:
         Suite(
             libero_tasks.task_names(_name),
             "spatial_forcing.envs.libero:LiberoEnv",
-            cameras=libero_tasks.CAMERAS,
+            cameras=robosuite_tasks.CAMERAS,
             horizon=libero_tasks.HORIZONS["lerobot"][_name],
             marks="spatial_forcing.envs.libero_setup:marks",
             fresh=True,
@@ -72,7 +72,7 @@ SUITES.add(
     Suite(
         tuple(robosuite_tasks.TASKS),
         "spatial_forcing.envs.robosuite:RobosuiteEnv",
-        cameras=("agentview", "robot0_eye_in_hand"),
+        cameras=robosuite_tasks.CAMERAS,
         horizon=400,
         fresh=True,
         unsolved=robosuite_tasks.UNSOLVED,

@@ -34,7 +34,8 @@ from spatial_forcing.envs.libero_setup import (
     uses_stand_ins,
 )
 from spatial_forcing.envs.libero_tasks import HORIZONS, INIT_STATES, Horizons, parse_task
-from spatial_forcing.envs.robosuite_sim import CAMERAS, RobosuiteSim, private_random
+from spatial_forcing.envs.robosuite_sim import RobosuiteSim, private_random
+from spatial_forcing.envs.robosuite_tasks import CAMERAS
 from spatial_forcing.envs.simulated import Frame
 from spatial_forcing.protocols import Observation
 from spatial_forcing.registry import unknown

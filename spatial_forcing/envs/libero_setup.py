@@ -59,8 +59,8 @@ def find_assets() -> Path:
         raise EnvironmentSetupError(
             f"LIBERO's assets are not in {searched} (no scenes/ there). Download the dataset repository "
             f"lerobot/libero-assets from the hub, unpack it, and set {ASSETS_VARIABLE} to its folder; or "
-            "give "
-            "--stand-ins to run libero_spatial and libero_object with plain stand-ins that are made here."
+            "give --stand-ins to run libero_spatial and libero_object with plain stand-ins that are made "
+            "here."
         )
     return folder
 

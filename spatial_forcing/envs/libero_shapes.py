@@ -22,7 +22,8 @@ Quat = tuple[float, float, float, float]
 UPRIGHT: Quat = (1.0, 0.0, 0.0, 0.0)
 CONTACT = {"solref": "0.001 1", "solimp": "0.998 0.998 0.001", "friction": "0.95 0.3 0.1"}
 """How LIBERO's objects touch: stiff, with this sliding, torsional and rolling friction."""
-NO_CONTACT = {"contype": "0", "conaffinity": "0", "group": "1", "mass": "0"}
+SHOWN = {"contype": "0", "conaffinity": "0", "group": "1"}
+"""Of a geom that is only seen."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,12 @@ class Shape:
             body.append(each.geom(group="0", rgba="0.8 0.8 0.8 0.3", **CONTACT, **share))
         for i, part in enumerate(self.shown or self.solid):
             if isinstance(part, Solid):
-                body.append(part.geom(material=part.material or material, **NO_CONTACT))
+                body.append(part.geom(material=part.material or material, mass="0", **SHOWN))
                 continue
             vertices, faces = part.mesh()
             mesh = {"name": f"{name}_{i}", "vertex": numbers(vertices.ravel())}
             ET.SubElement(assets, "mesh", {**mesh, "face": " ".join(map(str, faces.ravel()))})
-            shown = {"type": "mesh", "mesh": mesh["name"], "material": part.material, **NO_CONTACT}
+            shown = {"type": "mesh", "mesh": mesh["name"], "material": part.material, "mass": "0", **SHOWN}
             ET.SubElement(body, "geom", shown)
 
 

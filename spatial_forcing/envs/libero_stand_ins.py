@@ -8,8 +8,6 @@ outlines in two colours. Success rates do not compare with published ones; every
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
 import xml.etree.ElementTree as ET
 import zlib
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from spatial_forcing.envs.libero_shapes import (
+    SHOWN,
     UPRIGHT,
     Joint,
     Lathe,
@@ -336,28 +335,23 @@ def make_stand_ins(folder: Path | None = None) -> Path:
             f"{folder} holds something that is not this version's stand-ins; give a new folder, or remove it."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        _write(beside)
-        beside.chmod(0o777 & ~_umask())
-        beside.rename(folder)
-    except OSError:
-        if not _complete(folder):  # another process was faster
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        made = (
+            Path(beside) / folder.name
+        )  # with the rights that new folders have; the temporary one is private
+        made.mkdir()
+        _write(made)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not _complete(folder):  # another process was faster
+                raise
     return folder
 
 
 def _complete(folder: Path) -> bool:
     marker = folder / GENERATED
     return marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["version"] == VERSION
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write(folder: Path) -> None:
@@ -457,7 +451,7 @@ def _scene(floor: ET.Element, further: ET.Element | None) -> ET.Element:
     )
     for name, place, quat, size in walls:
         wall = {"name": f"wall_{name}_visual", "type": "box", "pos": numbers(place), "quat": numbers(quat)}
-        untouched = {"contype": "0", "conaffinity": "0", "group": "1", "material": "walls_mat"}
+        untouched = {**SHOWN, "material": "walls_mat"}
         ET.SubElement(world, "geom", {**wall, "size": numbers(size), **untouched})
     if further is not None:
         world.append(further)
@@ -495,7 +489,7 @@ def _table() -> tuple[ET.Element, ET.Element]:
     ET.SubElement(
         table, "geom", {"name": "table_collision", **top, "group": "0", "friction": "1 0.005 0.0001"}
     )
-    untouched = {"contype": "0", "conaffinity": "0", "group": "1", "material": "table_texture"}
+    untouched = {**SHOWN, "material": "table_texture"}
     ET.SubElement(table, "geom", {"name": "table_visual", **top, **untouched})
     ET.SubElement(table, "site", {"name": "table_top", "pos": "0 0 0.4", "size": "0.001", "rgba": "0 0 0 0"})
     for i in range(1, 5):

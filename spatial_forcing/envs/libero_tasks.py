@@ -27,8 +27,6 @@ UNSOLVED = {
     "libero_object-1": "a neighbour of the flat box stops the fingers in most placements",
 }
 """Tasks of the scripted expert's suites that it does not solve, and why."""
-CAMERAS = ("agentview", "robot0_eye_in_hand")
-"""Third-person view and wrist view."""
 
 
 def task_names(suite: str) -> tuple[str, ...]:

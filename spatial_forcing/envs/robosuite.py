@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from spatial_forcing.envs.base import episode_start
 from spatial_forcing.envs.gl import ensure_gl
 from spatial_forcing.envs.robosuite_expert import RobosuiteExpert
-from spatial_forcing.envs.robosuite_sim import CAMERAS, CONTROL_HZ, RobosuiteSim, private_random
-from spatial_forcing.envs.robosuite_tasks import TASKS
+from spatial_forcing.envs.robosuite_sim import CONTROL_HZ, RobosuiteSim, private_random
+from spatial_forcing.envs.robosuite_tasks import CAMERAS, TASKS
 from spatial_forcing.errors import ConfigError, EnvironmentSetupError
 from spatial_forcing.protocols import Observation
 from spatial_forcing.registry import unknown

@@ -13,8 +13,6 @@ from spatial_forcing.envs.renderer import FastRenderer
 from spatial_forcing.envs.simulated import SimulatedEnv
 
 ACTION_DIM = 7
-CAMERAS = ("agentview", "robot0_eye_in_hand")
-"""Third-person view and wrist view."""
 CONTROL_HZ = 20
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+"""Third-person view and wrist view, of LIBERO too."""
+
 
 @dataclass(frozen=True)
 class Task:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spatial_forcing.data.augment import Augment
-from spatial_forcing.envs import robotwin
+from spatial_forcing.envs import robosuite_tasks, robotwin
 from spatial_forcing.forcing import ForcingConfig
 from spatial_forcing.registry import Registry
 from spatial_forcing.students import LoraSettings, NanoConfig, OpenVLAOFTConfig, Pi0Config
@@ -62,7 +62,7 @@ def nano_metaworld(dataset: Path, output: Path) -> TrainConfig:
 def nano_robosuite(dataset: Path, output: Path) -> TrainConfig:
     """The same for robosuite's tasks in robomimic's conventions; its 84-pixel views are enlarged to 96."""
     student = NanoConfig(
-        cameras=("agentview", "robot0_eye_in_hand"),
+        cameras=robosuite_tasks.CAMERAS,
         image_size=96,
         state_dim=9,
         action_dim=7,

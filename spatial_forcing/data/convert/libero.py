@@ -27,7 +27,7 @@ from spatial_forcing.data.episode import Frame
 from spatial_forcing.envs.base import make_env
 from spatial_forcing.envs.libero_conventions import Orientation, check_conventions, oriented
 from spatial_forcing.envs.libero_setup import instruction_of, task_of_entry
-from spatial_forcing.envs.libero_tasks import CAMERAS
+from spatial_forcing.envs.robosuite_tasks import CAMERAS
 from spatial_forcing.errors import ConfigError, DataError
 
 FPS = 20
