@@ -203,6 +203,15 @@ class Expert(Protocol):
 
 
 @runtime_checkable
+class FilmedEnv(Protocol):
+    """An `Env` that shows itself more sharply than its observations do, for videos."""
+
+    def film(self) -> Mapping[str, NDArray[np.uint8]]:
+        """Every camera now, (H, W, 3) uint8 by its name."""
+        ...
+
+
+@runtime_checkable
 class ExpertEnv(Protocol):
     """An `Env` that has a scripted expert, so that demonstrations can be recorded in it."""
 

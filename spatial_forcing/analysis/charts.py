@@ -1,8 +1,8 @@
 """Charts as SVG text, drawn on the server: they show without JavaScript and in print.
 
-Colours, fonts and themes come from the page's CSS (classes `arm-0` to `arm-5`); every arm also has its own
-dash pattern and marker, so that no chart depends on colour alone. More than six arms share the colours, with
-other patterns and markers (36 pairs). What a script needs for tooltips is in `data-` attributes.
+Fonts and themes come from the page's CSS, colours by the classes `arm-0` to `arm-5`; every arm also has its
+own dash pattern and marker, so that no chart depends on colour alone. More than six arms share the colours,
+with other patterns and markers (36 pairs). What a script needs for tooltips is in `data-` attributes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 60, 14, 12, 40
 MARK = 14
 """Height of one mark in an interval chart."""
+COLOURS = (
+    ("#0b63a5", "#5fb3f2"),
+    ("#c44a00", "#ff9a57"),
+    ("#5f6b76", "#aab5bf"),
+    ("#00795a", "#3fd0a3"),
+    ("#a8437f", "#ec9ac8"),
+    ("#6b5a00", "#dcc54a"),
+)
+"""Of the arms, on a light and on a dark page."""
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
 
 
@@ -36,13 +45,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Interval:
-    """One mark of an interval chart; `text` is what its tooltip says."""
+    """One mark of an interval chart: `text` is what its tooltip says, `points` what its mean is over."""
 
     arm: int
     value: float
     low: float
     high: float
     text: str
+    points: tuple[float, ...] = ()
 
 
 def thinned(x: Sequence[float], y: Sequence[float], points: int = 120) -> tuple[list[list[float]], bool]:
@@ -63,16 +73,17 @@ def line_chart(
     y_label: str,
     percent: bool = False,
     whiskers: bool = False,
+    log: bool = False,
 ) -> str:
     """Lines over a common x axis; intervals as bands, or as whiskers with markers.
 
-    `percent`: y is a fraction in [0, 1], shown in %. Positive values that span more than a factor of 12 get
-    a logarithmic axis.
+    `percent`: y is a fraction in [0, 1], shown in %. `log`: a logarithmic axis where all values are positive;
+    values that span more than a factor of 12 get one, too.
     """
     xs = [v for s in series for v in s.x]
     ys = [v for s in series for v in (*s.y, *(s.low or ()), *(s.high or ()))]
     centre = [v for s in series for v in s.y]
-    log = not percent and min(ys) > 0 and max(centre) > 12 * min(centre)
+    log = not percent and min(ys) > 0 and (log or max(centre) > 12 * min(centre))
     inset = 12 if whiskers else 0  # room for markers on the first and last step
     x_axis = _Axis.of(min(xs), max(xs), LEFT + inset, WIDTH - RIGHT - inset, log=False)
     y_low, y_high = (0.0, 1.0) if percent else (min(ys), max(ys))
@@ -106,9 +117,10 @@ def interval_chart(
     marks = [m for _, row in rows for m in row]
     names = 6.6 * max(len(label) for label, _ in rows)
     left = min(max(names + 12, 60), 210)
-    low, high = (0.0, 1.0) if percent else (0.0, 1.05 * max(m.high for m in marks))
+    values = [0.0, *(v for m in marks for v in (m.low, m.high, *m.points))]
+    low, high = (0.0, 1.0) if percent else (0.0, 1.05 * max(values))
     if signed:
-        low, high = (1.05 * f([0.0, *(v for m in marks for v in (m.low, m.high))]) for f in (min, max))
+        low, high = 1.05 * min(values), 1.05 * max(values)
     x_axis = _Axis.of(low, high, left, WIDTH - RIGHT, log=False)
     stripes, grid, body, y = [], [], [], float(TOP)
     for number, (label, row) in enumerate(rows):
@@ -266,13 +278,14 @@ def _tooltip_data(series: Series, y_axis: _Axis) -> dict[str, object]:
 
 def _whisker(mark: Interval, axis: _Axis, y: float) -> str:
     low, high = axis.at(mark.low), axis.at(mark.high)
+    dots = "".join(f'<circle class="dot" cx="{axis.at(v):.1f}" cy="{y:.1f}" r="1.8"/>' for v in mark.points)
     return (
         f'<g class="arm-{mark.arm % 6}" data-arm="{mark.arm}" data-tip="{escape(mark.text)}" tabindex="0" '
         f'role="img" aria-label="{escape(mark.text)}">'
         f'<rect class="hit" x="{low - 6:.1f}" y="{y - 7:.1f}" width="{high - low + 12:.1f}" height="14"/>'
         f'<path class="whisker" d="M{low:.1f} {y:.1f}H{high:.1f}'
         f'M{low:.1f} {y - 3:.1f}v6M{high:.1f} {y - 3:.1f}v6"/>'
-        f"{marker(mark.arm, axis.at(mark.value), y)}</g>"
+        f"{dots}{marker(mark.arm, axis.at(mark.value), y)}</g>"
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from itertools import permutations
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
 from spatial_forcing.errors import ConfigError, DataError
@@ -37,20 +37,24 @@ def depth_picture(depth: NDArray[np.float32], near: float, far: float) -> NDArra
     return np.stack(channels, -1).round().astype(np.uint8)
 
 
-def pca_pictures(features: Mapping[str, Tensor], reference: str) -> dict[str, NDArray[np.uint8]]:
-    """The first three principal components of every feature set as RGB pictures.
+def pca_pictures(
+    features: Mapping[str, Tensor], reference: str, shown: Sequence[int] | None = None
+) -> dict[str, NDArray[np.uint8]]:
+    """The first three principal components of every feature set as RGB pictures, on the reference's grid.
 
-    Components are fitted jointly over all pictures of a set, so that a colour means the same in each of
-    them. Sets differ in channels and sign, so the components of every set are put in the order, and given
-    the signs, that correlate most with the reference's over the same places: equal structure gets equal
-    colours. Each channel is stretched from its 2nd to its 98th percentile.
+    Components are fitted jointly over all pictures of a set, so that a colour means the same in each of them;
+    with more pictures than are shown they depend less on which. Sets differ in channels and in the order and
+    signs of their components, so those of every set are rotated as a whole (orthogonal Procrustes) to agree
+    best with the reference's at the same places: equal structure gets equal colours. Each channel is
+    stretched from its 2nd to its 98th percentile.
 
     Args:
         features: by name, (N, h, w, C) of the same N pictures; h, w and C may differ between sets.
         reference: the name whose colours lead, e.g. the teacher.
+        shown: the pictures to return; None: all.
 
     Returns:
-        By name, (N, h, w, 3) uint8.
+        By name, (shown, H, W, 3) uint8, H x W the reference's grid.
 
     Raises:
         ConfigError: `reference` is not among the names.
@@ -61,12 +65,13 @@ def pca_pictures(features: Mapping[str, Tensor], reference: str) -> dict[str, ND
     counts = {name: len(f) for name, f in features.items()}
     if len(set(counts.values())) != 1:
         raise DataError(f"the feature sets have different numbers of pictures: {counts}.")
-    components = {name: _components(name, f) for name, f in features.items()}
-    lead = components[reference]
-    return {
-        name: _stretched(own if name == reference else _matched(own, lead))
-        for name, own in components.items()
-    }
+    chosen = list(range(counts[reference]) if shown is None else shown)
+    lead = _components(reference, features[reference])
+    made = {}
+    for name, values in features.items():
+        own = lead if name == reference else _rotated(_on_grid(_components(name, values), lead), lead)
+        made[name] = _stretched(own)[chosen]
+    return made
 
 
 def _components(name: str, features: Tensor) -> Tensor:
@@ -84,16 +89,16 @@ def _components(name: str, features: Tensor) -> Tensor:
     return (top / top.std(0).clamp(min=1e-12)).view(*features.shape[:3], 3)
 
 
-def _matched(own: Tensor, lead: Tensor) -> Tensor:
-    """`own` with the order and signs of components that correlate most with `lead`."""
-    seen = F.interpolate(
-        lead.permute(0, 3, 1, 2), own.shape[1:3], mode="bilinear", align_corners=True
-    ).permute(0, 2, 3, 1)
-    correlation = own.flatten(0, 2).T @ (seen.flatten(0, 2) - seen.flatten(0, 2).mean(0))
-    strength = correlation.abs()
-    best = max(permutations(range(3)), key=lambda p: sum(float(strength[p[i], i]) for i in range(3)))
-    signs = torch.stack([correlation[best[i], i].sign() for i in range(3)])
-    return own[..., list(best)] * torch.where(signs == 0, 1.0, signs)
+def _on_grid(own: Tensor, lead: Tensor) -> Tensor:
+    """`own` at the places of `lead`; both grids cover the whole picture."""
+    planes = own.permute(0, 3, 1, 2)
+    return F.interpolate(planes, lead.shape[1:3], mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+
+
+def _rotated(own: Tensor, lead: Tensor) -> Tensor:
+    """`own` in the rotation or reflection of its three components that agrees best with `lead`."""
+    turn, _ = orthogonal_procrustes(own.flatten(0, 2).numpy(), lead.flatten(0, 2).numpy())
+    return own @ torch.from_numpy(turn)
 
 
 def _stretched(components: Tensor) -> NDArray[np.uint8]:

@@ -57,6 +57,8 @@ class ProbeMetrics:
         rmse: metres.
         delta: fraction of pixels with max(predicted / true, true / predicted) < 1.25.
         abs_rel_changing: AbsRel over those pixels whose depth changes between frames; None without any.
+        per_episode: mean AbsRel of each held-out episode.
+        seeds: training seeds that this is the mean of; the error is then over them.
     """
 
     name: str
@@ -69,6 +71,8 @@ class ProbeMetrics:
     delta: float
     abs_rel_changing: float | None
     head: Head = "linear"
+    per_episode: tuple[float, ...] = ()
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ def probe_depth(
     cameras: Sequence[str] | None = None,
     frames: int = 2000,
     held_out: float = 0.25,
+    test_episodes: Sequence[int] | None = None,
     side: int = 48,
     clip: float = 3.0,
     panels: int = 3,
@@ -132,22 +137,25 @@ def probe_depth(
         cameras: default: those of the first student.
         frames: most frames used, spread evenly over all episodes.
         held_out: fraction of the episodes kept for measuring.
+        test_episodes: episodes to measure on, e.g. those that no policy was trained on; default: a
+            draw of `held_out`.
         side: R, pixels on a side of the depth maps compared.
         clip: metres; depth beyond counts as `clip`.
         panels: held-out frames a camera to return as pictures.
         batch_size: frames in one forward pass.
-        seed: chooses the held-out episodes.
+        seed: chooses the held-out episodes, and those that the readouts are tuned on.
         progress: called with (what, done, total).
 
     Raises:
-        ConfigError: fewer than 4 episodes, a fraction outside (0, 1), no student, or a name used twice.
+        ConfigError: fewer than 4 episodes, a fraction outside (0, 1), episodes to measure on that are not
+            there or leave fewer than two, no student, or a name used twice.
         DataError: the dataset lacks a camera or its depth, or too few pixels are measured.
     """
     started = time.perf_counter()
     floors = dict(floors or {})
     _check(students, floors, dataset, held_out)
     cameras = tuple(cameras or student_cameras(next(iter(students.values())), dataset))
-    index, split = _choose(dataset, frames, held_out, seed)
+    index, split = _choose(dataset, frames, _tests(dataset, held_out, test_episodes, seed), seed)
     read = Frames.read(dataset, index, cameras)
     if depth_source is None:
         depth = {c: read_depth(dataset, index, c, side, clip) for c in cameras}
@@ -254,6 +262,7 @@ def _metrics(
                 delta=float(values["delta"].nanmean()),
                 abs_rel_changing=None if not bool(keep.any()) else float(changing.nanmean()),
                 head=head,
+                per_episode=tuple(float(value) for value in per_episode),
             )
         )
     return [*rows, _mean_over_cameras(rows)]
@@ -276,6 +285,7 @@ def _mean_over_cameras(rows: Sequence[ProbeMetrics]) -> ProbeMetrics:
         delta=mean("delta"),
         abs_rel_changing=float(np.mean(changing)) if changing else None,
         head=rows[0].head,
+        per_episode=tuple(float(np.mean(each)) for each in zip(*(r.per_episode for r in rows), strict=True)),
     )
 
 
@@ -328,15 +338,29 @@ def _check(
         )
 
 
-def _choose(dataset: Dataset, frames: int, held_out: float, seed: int) -> tuple[list[int], Split]:
+def _tests(dataset: Dataset, held_out: float, chosen: Sequence[int] | None, seed: int) -> set[int]:
+    """Numbers of the episodes to measure on."""
+    count = len(dataset.episodes)
+    if chosen is None:
+        order = np.random.default_rng(seed).permutation(count)
+        return set(order[: min(max(1, round(held_out * count)), count - 2)].tolist())
+    tests = set(chosen)
+    if not tests or not tests <= set(range(count)) or len(tests) > count - 2:
+        raise ConfigError(
+            f"test_episodes are {list(chosen)}; expected numbers of 0 to {count - 1}, and two episodes more "
+            "to fit and tune on."
+        )
+    return tests
+
+
+def _choose(dataset: Dataset, frames: int, tests: set[int], seed: int) -> tuple[list[int], Split]:
     """Frame indices spread evenly over all episodes, and which of them are fitted, tuned and tested on."""
     episodes = dataset.episodes
-    order = np.random.default_rng(seed).permutation(len(episodes))
-    tests = max(1, round(held_out * len(episodes)))
-    tests = min(tests, len(episodes) - 2)
-    tunes = max(1, round(0.2 * (len(episodes) - tests)))
+    order = np.random.default_rng(seed).permutation(len(episodes)).tolist()
+    others = [number for number in order if number not in tests]
+    tunes = max(1, round(0.2 * len(others)))
     role = np.full(len(episodes), 0)
-    role[order[:tests]], role[order[tests : tests + tunes]] = 2, 1
+    role[sorted(tests)], role[others[:tunes]] = 2, 1
     each = max(1, frames // len(episodes))
     index: list[int] = []
     owner: list[int] = []

@@ -6,50 +6,84 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from spatial_forcing.analysis.charts import Interval, Series, interval_chart
+from spatial_forcing.analysis.charts import Series
+from spatial_forcing.analysis.figures import Figure
 from spatial_forcing.analysis.layers import LayerSuggestion
 from spatial_forcing.analysis.pictures import depth_picture
 from spatial_forcing.analysis.probe import DepthPanel, ProbeMetrics, ProbeResult
-from spatial_forcing.analysis.report import Cell, Figure, Media, PictureRow, ReportData, Section, TableData
+from spatial_forcing.analysis.report import Cell, Media, PictureRow, ReportData, Section, TableData
 from spatial_forcing.errors import DataError
 
-OTHER = 5
-"""Colour of floors and ceilings."""
 CURVES = (("abs_rel", "AbsRel", False), ("rmse", "RMSE, m", False), ("delta", "delta < 1.25", True))
+KINDS = {"floor": " (floor)", "ceiling": " (ceiling)"}
 
 
-def layer_section(
-    metrics: Sequence[ProbeMetrics], suggestions: Mapping[str, LayerSuggestion] | None = None
-) -> Section:
-    """Each metric over the student's layers; floors and ceiling without layers are level lines."""
-    said = [f"{name}: align layer {s.layer}: {s.reason}" for name, s in (suggestions or {}).items()]
-    return Section(
-        key="layers",
-        title="Depth over layers",
-        text=tuple(said),
-        figures=tuple(_curve(metrics, *curve) for curve in CURVES),
+def over_seeds(metrics: Sequence[ProbeMetrics], arms: Mapping[str, str]) -> tuple[ProbeMetrics, ...]:
+    """The readouts of several training seeds as one of their arm: means, and their errors over the seeds.
+
+    Args:
+        metrics: of `probe_depth`.
+        arms: title of the arm that a student belongs to; other readouts stay as they are.
+    """
+    groups: dict[tuple[Any, ...], list[ProbeMetrics]] = {}
+    for m in metrics:
+        groups.setdefault((arms.get(m.name, m.name), m.kind, m.layer, m.camera, m.head), []).append(m)
+    return tuple(_mean(name, rows) for (name, *_), rows in groups.items())
+
+
+def _mean(name: str, rows: Sequence[ProbeMetrics]) -> ProbeMetrics:
+    if len(rows) == 1:
+        return replace(rows[0], name=name)
+    changing = [m.abs_rel_changing for m in rows if m.abs_rel_changing is not None]
+    values = [m.abs_rel for m in rows]
+    return replace(
+        rows[0],
+        name=name,
+        abs_rel=float(np.mean(values)),
+        abs_rel_error=float(np.std(values, ddof=1) / len(rows) ** 0.5),
+        rmse=float(np.mean([m.rmse for m in rows])),
+        delta=float(np.mean([m.delta for m in rows])),
+        abs_rel_changing=float(np.mean(changing)) if changing else None,
+        per_episode=tuple(float(np.mean(each)) for each in zip(*(m.per_episode for m in rows), strict=True)),
+        seeds=len(rows),
     )
+
+
+def _reach(m: ProbeMetrics) -> float:
+    """Half of the 95 % interval of AbsRel, over training seeds or, of one seed, held-out episodes."""
+    return m.abs_rel_error * (1.96 if m.seeds == 1 else float(stats.t.ppf(0.975, m.seeds - 1)))
+
+
+def _curves(metrics: Sequence[ProbeMetrics]) -> tuple[Figure, ...]:
+    """Each metric over the student's layers; what has no layers is a level line."""
+    return tuple(_curve(metrics, *curve) for curve in CURVES)
 
 
 def _curve(metrics: Sequence[ProbeMetrics], field: str, title: str, percent: bool) -> Figure:
     rows = [m for m in metrics if m.camera == "all"]
     layers = sorted({m.layer for m in rows if m.layer is not None})
     several = len({m.head for m in rows}) > 1
+    order = sorted(
+        dict.fromkeys((m.name, m.kind, m.head) for m in rows),
+        key=lambda key: ("student", "floor", "ceiling").index(key[1]),
+    )
     series = []
-    for number, (name, head) in enumerate(dict.fromkeys((m.name, m.head) for m in rows)):
-        mine = {m.layer: m for m in rows if (m.name, m.head) == (name, head)}
+    for number, (name, kind, head) in enumerate(order):
+        mine = {m.layer: m for m in rows if (m.name, m.kind, m.head) == (name, kind, head)}
         level = mine.get(None)
         points = [(k, level or mine[k]) for k in layers if level is not None or k in mine]
         y = [float(getattr(m, field)) for _, m in points]
-        reach = [1.96 * m.abs_rel_error if field == "abs_rel" and level is None else 0.0 for _, m in points]
+        reach = [_reach(m) if field == "abs_rel" and level is None else 0.0 for _, m in points]
         series.append(
             Series(
-                f"{name} ({head})" if several else name,
+                f"{name}{KINDS.get(kind, '')}" + (f", {head}" if several else ""),
                 number,
                 [k for k, _ in points],
                 y,
@@ -57,49 +91,43 @@ def _curve(metrics: Sequence[ProbeMetrics], field: str, title: str, percent: boo
                 [v + r for v, r in zip(y, reach, strict=True)],
             )
         )
-    text = "bands: 95 %, over held-out episodes" if field == "abs_rel" else ""
+    over = "training seeds" if any(m.seeds > 1 for m in rows) else "held-out episodes"
+    text = f"lower is better; bands: 95 %, over {over}" if field == "abs_rel" else ""
     return Figure.lines(series, title, text, x_label="blocks before the tap", y_label=title, percent=percent)
 
 
 def probe_section(
-    result: ProbeResult, names: Mapping[str, str] | None = None, order: Sequence[str] = ()
+    result: ProbeResult,
+    suggestions: Mapping[str, LayerSuggestion] | None = None,
+    *,
+    arms: Mapping[str, str] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Section:
-    """Every readout as a chart and a table, and panels of predicted depth.
+    """Depth over the layers, panels of predicted depth, and every readout in a table.
 
     Args:
         result: of `probe_depth`.
-        names: renames readouts in the captions of the panels, and orders and selects them.
-        order: names of the arms whose colours the students share; default: their own order.
+        suggestions: layers to align, by student.
+        arms: title of the arm that a student belongs to; see `over_seeds`.
+        names: selects, orders and renames the readouts of the panels.
     """
-    students = list(dict.fromkeys([*order, *(m.name for m in result.metrics if m.kind == "student")]))
+    metrics = over_seeds(result.metrics, arms or {})
     depths = np.concatenate([p.truth[p.truth > 0] for p in result.panels] or [np.array([0.1, 1.0])])
     near, far = float(np.percentile(depths, 1)), float(np.percentile(depths, 99))
     far = max(far, near * 1.05)
-    marks = []
-    for m in result.metrics:
-        if m.camera == "all":
-            reach = 1.96 * m.abs_rel_error
-            text = f"{_label(m)}: AbsRel {m.abs_rel:.4f} ± {reach:.4f}, delta {100 * m.delta:.1f} %"
-            number = students.index(m.name) if m.name in students else OTHER
-            low, high = max(0.0, m.abs_rel - reach), m.abs_rel + reach
-            marks.append((_label(m), [Interval(number, m.abs_rel, low, high, text)]))
-    title = "Absolute relative error, mean over cameras"
+    said = [f"{name}: align layer {s.layer}: {s.reason}" for name, s in (suggestions or {}).items()]
     return Section(
         key="probe",
-        title="Depth probe",
+        title="Depth in the tokens",
         text=(
+            *said,
             f"{_readouts(result)} from frozen tokens to log depth, fitted on {result.train_frames} frames "
             f"and measured on {result.test_frames} frames of {result.test_episodes} held-out episodes; "
-            f"depth clipped at {result.clip:g} m.",
+            f"depth clipped at {result.clip:g} m. A floor knows nothing of the scene; the ceiling is the "
+            "teacher's own features.",
         ),
-        figures=(
-            Figure(
-                title,
-                interval_chart(marks, title=title, x_label="AbsRel (lower is better)"),
-                "whiskers: 1.96 standard errors over held-out episodes",
-            ),
-        ),
-        tables=(_table(result.metrics),),
+        figures=_curves(metrics),
+        tables=(_table(metrics),),
         pictures=tuple(_panel_row(panel, near, far, names) for panel in result.panels),
         depth_scale=(near, far) if result.panels else None,
     )
@@ -122,8 +150,7 @@ def _table(metrics: Sequence[ProbeMetrics]) -> TableData:
         "readouts",
         "All readouts",
         ("features", "kind", "camera", "AbsRel \u2193", "\u00b1 s.e.", "AbsRel, changing pixels \u2193",
-        "RMSE (m) \u2193",
-         "\u03b4 < 1.25, % \u2191"),
+         "RMSE (m) \u2193", "\u03b4 < 1.25, % \u2191"),
         tuple(
             (
                 Cell(_label(m)),
@@ -162,7 +189,7 @@ def probe_page(
     return ReportData(
         title="Depth probe",
         subtitle=f"{dataset}: {result.train_frames} frames fitted, {result.test_frames} measured",
-        sections=(layer_section(result.metrics, suggestions), probe_section(result)),
+        sections=(probe_section(result, suggestions),),
         commands=tuple(commands),
     )
 
@@ -183,7 +210,7 @@ def read_probe(folder: Path) -> tuple[Section, ...]:
             name: LayerSuggestion(**row | {"gaps": {int(k): gap for k, gap in row["gaps"].items()}})
             for name, row in plain.pop("suggestions").items()
         }
-        return probe_section(ProbeResult(metrics, (), **plain)), layer_section(metrics, suggestions)
+        return (probe_section(ProbeResult(metrics, (), **plain), suggestions),)
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path} is not a result of the probe ({error}); probe again into that folder."
@@ -193,7 +220,8 @@ def read_probe(folder: Path) -> tuple[Section, ...]:
 def metrics_csv(metrics: Sequence[ProbeMetrics]) -> str:
     """One line for each readout and camera."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(ProbeMetrics)], lineterminator="\n")
+    names = [f.name for f in fields(ProbeMetrics) if f.name != "per_episode"]
+    writer = csv.DictWriter(text, names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(asdict(m) for m in metrics)
     return text.getvalue()

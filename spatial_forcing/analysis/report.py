@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import mimetypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -18,19 +18,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spatial_forcing.analysis.charts import Series, line_chart, swatch
+from spatial_forcing.analysis.charts import COLOURS, swatch
+from spatial_forcing.analysis.figures import Figure, pdf, standalone
 from spatial_forcing.analysis.pictures import png_bytes
 from spatial_forcing.errors import DataError, EnvironmentSetupError
+from spatial_forcing.evaluation.video import last_frame
 from spatial_forcing.storage import replace_file
 
 
 @dataclass(frozen=True)
 class Media:
-    """A picture or a video inside the page: `uri` is a data URI, `caption` also its alternative text."""
+    """A picture or a video inside the page: `uri` is a data URI, `caption` also its alternative text.
+
+    `poster`: data URI of the picture that a video shows until it plays.
+    """
 
     uri: str
     caption: str
     kind: str
+    poster: str = ""
 
     @classmethod
     def picture(cls, pixels: NDArray[np.uint8], caption: str) -> Media:
@@ -39,17 +45,27 @@ class Media:
 
     @classmethod
     def file(cls, path: Path, caption: str) -> Media:
-        """From a PNG, JPEG, MP4 or WebM file.
+        """From a PNG, JPEG, MP4 or WebM file; the poster of a video is its last picture.
 
         Raises:
-            DataError: the file is missing or of another type.
+            DataError: the file is missing, damaged or of another type.
         """
         kind = mimetypes.guess_type(path.name)[0] or ""
         if kind not in ("image/png", "image/jpeg", "video/mp4", "video/webm") or not path.is_file():
             raise DataError(
                 f"{path} is not an existing PNG, JPEG, MP4 or WebM file; the report cannot show it."
             )
-        return cls(_data_uri(path.read_bytes(), kind), caption, kind.split("/")[0])
+        medium = kind.split("/")[0]
+        poster = _data_uri(png_bytes(last_frame(path)), "image/png") if medium == "video" else ""
+        return cls(_data_uri(path.read_bytes(), kind), caption, medium, poster)
+
+
+@dataclass(frozen=True)
+class VideoRow:
+    """Videos side by side, under a heading."""
+
+    heading: str
+    videos: tuple[Media, ...]
 
 
 @dataclass(frozen=True)
@@ -69,22 +85,6 @@ class Card:
     value: str
     detail: str
     text: str = ""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart as SVG; `legend` holds (arm number, label) of its lines or marks."""
-
-    title: str
-    svg: str
-    text: str = ""
-    legend: tuple[tuple[int, str], ...] = ()
-
-    @classmethod
-    def lines(cls, series: Sequence[Series], title: str, text: str = "", **chart: Any) -> Figure:
-        """A line chart with a legend; `chart`: see `charts.line_chart`."""
-        legend = tuple((s.arm, s.label) for s in series)
-        return cls(title, line_chart(series, title=title, **chart), text, legend)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Section:
         text, notes: paragraphs, and a list below them (limits, deviations, seeds).
         figures, tables: charts, then tables.
         pictures: rows of pictures; `depth_scale`: nearest and farthest metres of their depth colours.
-        videos: players side by side.
+        videos: rows of players.
     """
 
     key: str
@@ -134,7 +134,7 @@ class Section:
     tables: tuple[TableData, ...] = ()
     pictures: tuple[PictureRow, ...] = ()
     depth_scale: tuple[float, float] | None = None
-    videos: tuple[Media, ...] = ()
+    videos: tuple[VideoRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,9 @@ def render(data: ReportData) -> str:
         data=data,
         css=(folder / "report.css").read_text(encoding="utf-8"),
         js=(folder / "report.js").read_text(encoding="utf-8"),
+        colours=COLOURS,
         swatch=swatch,
+        files=_files,
         config={key: json.dumps(value, indent=2, default=str) for key, value in data.config.items()},
         environment=_flat(data.environment),
     )
@@ -205,6 +207,19 @@ def pca_rows(
         )
         for number, (heading, image) in enumerate(images.items())
     )
+
+
+def _files(figure: Figure) -> dict[str, tuple[str, str]]:
+    """What a figure can be saved as: (file name, data URI) by kind."""
+    made = {
+        "SVG": ("svg", "image/svg+xml", standalone(figure).encode()),
+        "PDF": ("pdf", "application/pdf", pdf(figure)),
+        "CSV": ("csv", "text/csv", figure.csv.encode()),
+    }
+    return {
+        kind: (f"{figure.name}.{suffix}", _data_uri(data, mime))
+        for kind, (suffix, mime, data) in made.items()
+    }
 
 
 def _data_uri(data: bytes, kind: str) -> str:

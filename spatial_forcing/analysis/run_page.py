@@ -9,10 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spatial_forcing.analysis.charts import Series, scatter_chart
+from spatial_forcing.analysis.charts import Series
 from spatial_forcing.analysis.features import Frames, Progress, silent, student_features, teacher_features
+from spatial_forcing.analysis.figures import Figure
 from spatial_forcing.analysis.pictures import pca_pictures
-from spatial_forcing.analysis.report import Cell, Figure, PictureRow, Section, TableData, pca_rows
+from spatial_forcing.analysis.report import Cell, PictureRow, Section, TableData, pca_rows
 from spatial_forcing.analysis.representation import (
     RankReport,
     audit_curves,
@@ -162,11 +163,7 @@ def representation_section(
     if maps:
         for kind, method in (("PCA", pca_2d), ("t-SNE", tsne)):
             cloud = {n: _by_camera(points.tolist(), frames) for n, points in method(shown).items()}
-            figures += [
-                Figure(f"{kind}: {name}", scatter_chart(groups, title=f"{kind} of {name}"),
-                       legend=tuple((i, camera) for i, (camera, _) in enumerate(groups)))
-                for name, groups in cloud.items()
-            ]  # fmt: skip
+            figures += [Figure.points(groups, f"{kind}: {name}") for name, groups in cloud.items()]
     return Section(
         key="tokens",
         title="Tokens",
@@ -229,6 +226,6 @@ def _pictures(shown: Mapping[str, Tensor], frames: Frames) -> tuple[PictureRow, 
     """PCA as RGB of a few frames of the first camera."""
     camera, few = frames.cameras[0], range(0, len(frames), max(1, len(frames) // PICTURES))
     chosen = list(few)[:PICTURES]
-    pictures = pca_pictures({name: tokens[chosen, 0] for name, tokens in shown.items()}, TARGET)
+    pictures = pca_pictures({name: tokens[:, 0] for name, tokens in shown.items()}, TARGET, chosen)
     images = {f"{camera}, frame {int(frames.index[i])}": frames.images[camera][i] for i in chosen}
     return pca_rows(images, pictures)

@@ -98,8 +98,8 @@ class RobosuiteSim(SimulatedEnv):
         success = bool(self._sim._check_success())
         return float(reward), success, success
 
-    def _new_renderer(self) -> FastRenderer:
-        renderer = super()._new_renderer()
+    def _new_renderer(self, size: tuple[int, int]) -> FastRenderer:
+        renderer = super()._new_renderer(size)
         renderer.option.geomgroup[0] = 0  # collision shapes
         renderer.option.sitegroup[:] = 0
         return renderer

@@ -18,6 +18,8 @@ from spatial_forcing.errors import ConfigError
 from spatial_forcing.protocols import Observation
 from spatial_forcing.registry import unknown
 
+FILM_SIZE = 160
+"""Pixels on the shorter side of a filmed view, at least: what a small policy sees is too coarse to watch."""
 Frame = tuple[NDArray[np.uint8], NDArray[np.float32]]
 """Image (H, W, 3) and depth (H, W) in metres along the optical axis, as delivered."""
 
@@ -65,6 +67,7 @@ class SimulatedEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._task, self._instruction, self._cameras = task, instruction, tuple(cameras)
         self._size, self._horizon = image_size, horizon
         self._renderer: FastRenderer | None = None
+        self._film_renderer: FastRenderer | None = None
         self._steps: int | None = None
         self._moment = 0
         self._frames: dict[str, Frame] = {}
@@ -101,8 +104,9 @@ class SimulatedEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """A rendered frame as it is delivered, e.g. turned."""
         return frame
 
-    def _new_renderer(self) -> FastRenderer:
-        return FastRenderer(self._model, *self._size)
+    def _new_renderer(self, size: tuple[int, int]) -> FastRenderer:
+        """A renderer of (height, width) pixels."""
+        return FastRenderer(self._model, *size)
 
     # ---- the environment
 
@@ -142,9 +146,21 @@ class SimulatedEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     def close(self) -> None:
         """Free the renderer; harmless when repeated."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        for renderer in (self._renderer, self._film_renderer):
+            if renderer is not None:
+                renderer.close()
+        self._renderer = self._film_renderer = None
+
+    def film(self) -> dict[str, NDArray[np.uint8]]:
+        """Every camera now, for people to watch: (H, W, 3) uint8, no side below `FILM_SIZE` pixels."""
+        scale = FILM_SIZE / min(self._size)
+        if scale <= 1:
+            return {camera: self._frame(camera)[0] for camera in self._cameras}
+        if self._film_renderer is None:
+            height, width = (round(scale * side) for side in self._size)
+            self._film_renderer = self._new_renderer((height, width))
+        drawn = {camera: self._film_renderer.rgbd(self._data, camera) for camera in self._cameras}
+        return {camera: self._deliver(camera, frame)[0] for camera, frame in drawn.items()}
 
     def depth(self, camera: str) -> NDArray[np.float32]:
         """(H, W) float32 metres along the optical axis, now, aligned with the image.
@@ -180,7 +196,7 @@ class SimulatedEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def _frame(self, camera: str) -> Frame:
         """Image and depth of this moment, as delivered."""
         if self._renderer is None:  # physics alone (an expert's success rate) needs no GL context
-            self._renderer = self._new_renderer()
+            self._renderer = self._new_renderer(self._size)
         if camera not in self._frames:
             self._frames[camera] = self._deliver(camera, self._renderer.rgbd(self._data, camera))
         return self._frames[camera]

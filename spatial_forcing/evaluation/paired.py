@@ -32,6 +32,8 @@ from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation.results import EpisodeResult
 from spatial_forcing.evaluation.statistics import macro_mean, wilson
 
+NOT_SHOWN = "not shown"
+"""The verdict on a difference that may be chance; the others are "better" and "worse"."""
 LEVEL = 0.05
 """A difference counts as shown where its corrected p-value is below this."""
 
@@ -266,7 +268,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def verdict_of(gain: float, p_value: float) -> str:
     """Better, worse or not shown, at a corrected p-value; a `gain` above 0 is better."""
     if p_value >= LEVEL or gain == 0:
-        return "not shown"
+        return NOT_SHOWN
     return "better" if gain > 0 else "worse"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -64,3 +65,18 @@ def side_by_side(images: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
     height = max(p.shape[0] for p in pictures)
     padded = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0))) for p in pictures]
     return np.concatenate(padded, axis=1)
+
+
+def last_frame(path: Path) -> NDArray[np.uint8]:
+    """The last picture of a video, (H, W, 3) uint8: of a rollout, how it ended.
+
+    Raises:
+        DataError: the file is no video, or an empty one.
+    """
+    try:
+        with av.open(str(path)) as container:
+            frames = deque(container.decode(video=0), maxlen=1)
+        picture: NDArray[np.uint8] = frames[0].to_ndarray(format="rgb24")
+    except (av.error.FFmpegError, IndexError) as error:
+        raise DataError(f"{path} cannot be read as a video ({error}); evaluate that run again.") from error
+    return picture

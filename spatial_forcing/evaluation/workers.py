@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from spatial_forcing.errors import ConfigError, DataError, SpatialForcingError
 from spatial_forcing.evaluation.video import side_by_side, write_video
-from spatial_forcing.protocols import Env, Observation
+from spatial_forcing.protocols import Env, FilmedEnv, Observation
 
 MakeEnv = Callable[..., Env]
 """`make(task, **env_kwargs) -> Env`; a module-level function, so that a spawned process can import it."""
@@ -147,7 +147,8 @@ class _Slot:
 
     def _film(self, observation: Observation) -> None:
         if self.spec.video is not None:
-            self._frames.append(side_by_side(observation["images"]))
+            sharp = self._env.film() if isinstance(self._env, FilmedEnv) else observation["images"]
+            self._frames.append(side_by_side(sharp))
 
     @staticmethod
     def _rendered(observation: Observation) -> Observation:

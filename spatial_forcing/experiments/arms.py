@@ -21,7 +21,8 @@ class ArmSpec:
     """One arm.
 
     Attributes:
-        name: short; part of folder names and table rows.
+        name: short; part of folder names and of the tags of episodes.
+        title: what results, tables and figures call it.
         description: one line for the report.
         target: what its visual tokens are aligned with.
         overrides: settings that differ from the preset, by dotted name.
@@ -30,6 +31,7 @@ class ArmSpec:
     """
 
     name: str
+    title: str
     description: str
     target: Target = "none"
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -59,28 +61,55 @@ ARMS: Registry[ArmSpec] = Registry("arm")
 """Arms by name; more are made of them with overrides, see `parse_arm`."""
 
 SEVERAL = (0.25, 0.5, 0.75)
+BLIND = "blanked images"
+"""Title of the arm that sees nothing: what it loses is what sight is worth."""
 
 for _arm in (
-    ArmSpec("alpha0", "no alignment loss, otherwise the same"),
-    ArmSpec("sf", "spatial forcing as in the preset", "teacher"),
-    ArmSpec("standardised", "every teacher channel standardised", "teacher", {"forcing.standardise": True}),
-    ArmSpec("centred", "without the mean of each cell", "teacher", {"forcing.subtract_cell_mean": True}),
-    ArmSpec("multi", "several layers share one projector", "teacher", layers=SEVERAL),
+    ArmSpec("alpha0", "no alignment", "no alignment loss, otherwise the same"),
+    ArmSpec("sf", "spatial forcing", "aligned with the teacher's features of the same frame", "teacher"),
+    ArmSpec(
+        "standardised",
+        "standardised features",
+        "every teacher channel standardised",
+        "teacher",
+        {"forcing.standardise": True},
+    ),
+    ArmSpec(
+        "centred",
+        "centred features",
+        "the teacher's features without the mean of each cell",
+        "teacher",
+        {"forcing.subtract_cell_mean": True},
+    ),
+    ArmSpec(
+        "multi", "layers sharing a projector", "several layers, one projector", "teacher", layers=SEVERAL
+    ),
     ArmSpec(
         "independent",
+        "layers with own projectors",
         "several layers, a projector each",
         "teacher",
         {"forcing.projectors": "independent"},
         layers=SEVERAL,
     ),
     ArmSpec(
-        "gated", "several layers mixed by a learned gate", "teacher", {"forcing.gate": True}, layers=SEVERAL
+        "gated",
+        "gated layers",
+        "several layers mixed by a learned gate",
+        "teacher",
+        {"forcing.gate": True},
+        layers=SEVERAL,
     ),
-    ArmSpec("2d", "a 2D teacher instead of the 3D one", "image"),
-    ArmSpec("shuffled", "the teacher's features of other frames", "shuffled"),
-    ArmSpec("random", "the teacher's architecture with random weights", "random"),
-    ArmSpec("blind", "images blanked, no alignment loss", overrides={"student.blank_images": True}),
-    ArmSpec("fusion", "the teacher's features as the policy's input", fused=True),
+    ArmSpec("2d", "2D teacher", "aligned with a 2D teacher instead of the 3D one", "image"),
+    ArmSpec(
+        "shuffled",
+        "other frames' features",
+        "aligned with the teacher's features of other frames",
+        "shuffled",
+    ),
+    ArmSpec("random", "random teacher", "the teacher's architecture with random weights", "random"),
+    ArmSpec("blind", BLIND, "images blanked, no alignment loss", overrides={"student.blank_images": True}),
+    ArmSpec("fusion", "teacher as input", "the teacher's features as the policy's input", fused=True),
 ):
     ARMS.add(_arm.name, _arm)
 
@@ -91,8 +120,8 @@ def parse_arm(text: str) -> ArmSpec:
     >>> parse_arm("strong=sf forcing.alpha=2").overrides
     {'forcing.alpha': 2}
 
-    Values are read as JSON where they are, else as text. An arm with overrides and no label is named after
-    them.
+    Values are read as JSON where they are, else as text. A label is both name and title. An arm with
+    overrides and no label is named after them.
 
     Raises:
         ConfigError: an unknown arm (did you mean), or something else than `setting=value` after it.
@@ -104,11 +133,12 @@ def parse_arm(text: str) -> ArmSpec:
     arm = ARMS[base]
     overrides = parse_overrides(words[1:], f"arm {text!r}")
     if not overrides:
-        return replace(arm, name=label) if given else arm
+        return replace(arm, name=label, title=label) if given else arm
     made = ",".join(f"{name.rpartition('.')[2]}={value}" for name, value in overrides.items())
     return replace(
         arm,
         name=label or f"{base}({made})",
+        title=label or f"{arm.title} ({made})",
         description=f"{arm.description}; {', '.join(words[1:])}",
         overrides={**arm.overrides, **overrides},
     )

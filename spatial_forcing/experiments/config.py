@@ -109,8 +109,11 @@ class CompareConfig:
         if any(not 0 < f <= 1 for f in self.fractions):
             raise ConfigError(f"compare.fractions is {self.fractions}; expected numbers in (0, 1].")
         names = [arm.name for arm in self.specs]
-        if len(set(names)) != len(names):
-            raise ConfigError(f"two arms have the same name: {names}; give one a label (`label=name ...`).")
+        for called in (names, [arm.title for arm in self.specs]):
+            if len(set(called)) != len(called):
+                raise ConfigError(
+                    f"two arms have the same name: {called}; give one a label (`label=name ...`)."
+                )
         if missing := [c for c in self.controls if c not in names]:
             raise ConfigError(f"the controls {missing} are no arms of this comparison; it has {names}.")
         if self.threshold is not None and not 0 < self.threshold <= 1:
@@ -120,6 +123,16 @@ class CompareConfig:
     def specs(self) -> tuple[ArmSpec, ...]:
         """The arms, parsed."""
         return tuple(parse_arm(text) for text in self.arms)
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What results call the arms, by their names."""
+        return {arm.name: arm.title for arm in self.specs}
+
+    @property
+    def control_titles(self) -> tuple[str, ...]:
+        """What results call the controls."""
+        return tuple(self.titles[name] for name in self.controls)
 
     @property
     def target(self) -> str:

@@ -8,13 +8,37 @@ from typing import Any, NamedTuple, TypeVar
 
 from rich.table import Table
 
-from spatial_forcing.evaluation.paired import PairedDifference, holm, p_text, verdict_of
-
-BLIND = "blind"
-"""The arm whose images are blanked; see `experiments.arms`."""
+from spatial_forcing.evaluation.paired import NOT_SHOWN, PairedDifference, holm, p_text, verdict_of
+from spatial_forcing.experiments.arms import BLIND
 
 MANY = 3
 """More differences than this that are not shown are said in one sentence for each control."""
+
+
+class Measure(NamedTuple):
+    """What a difference is of, in the words of its sentence.
+
+    Attributes:
+        subject: what was measured.
+        unit: of a difference, after its interval.
+        joint: between arm and control.
+        verdict: with the places `{arm}`, `{verdict}` and `{control}`.
+    """
+
+    subject: str
+    unit: str
+    joint: str
+    verdict: str
+
+
+SUCCESS = Measure("Success", " points", "minus", "{arm} is {verdict} than {control}")
+ERROR = Measure("Held-out error", "", "against", "{arm} predicts {verdict} than {control}")
+DEPTH = Measure(
+    "Error of depth that a linear probe reads from the frozen tokens",
+    "",
+    "against",
+    "depth is read {verdict} from the tokens of {arm} than of {control}",
+)
 
 Run = TypeVar("Run")
 Groups = Mapping[tuple[str, float], Mapping[int, Run]]
@@ -32,8 +56,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Contrast:
-    """An arm against a control, paired by training seed, in success or (`difference.relative`) held-out
-    error.
+    """An arm against a control, paired by training seed.
 
     `p_holm` is corrected over all contrasts of their family; `verdict` is better, worse or not shown.
     """
@@ -45,25 +68,24 @@ class Contrast:
     difference: PairedDifference
     p_holm: float
     verdict: str
+    measure: Measure = SUCCESS
 
     def sentence(self) -> str:
         """What was measured, in words."""
-        d, (arm, control) = self.difference, self.sides()
-        if d.relative:
-            measured = f"Held-out error, {arm} against {control}{self.part()}: {d}"
-        else:
-            measured = f"{arm} minus {control}{self.part()}: {d} points"
+        d, (arm, control), said = self.difference, self.sides(), self.measure
+        measured = f"{said.subject}, {arm} {said.joint} {control}{self.part()}: {d}{said.unit}"
         measured += (
             f" over {d.seeds} training seeds (95 % interval), Holm-corrected p {p_text(self.p_holm)}."
             if d.seeds > 1
             else f" with one training seed (95 % interval over {d.episodes} episodes, not over training "
             f"seeds), Holm-corrected p {p_text(self.p_holm)}."
         )
-        if self.verdict == "not shown":
+        if self.verdict == NOT_SHOWN:
             return f"{measured} A difference is not shown."
         if d.seeds == 1:
-            arm, control = f"This policy of {arm}", f"this one of {control}"
-        return f"{measured} {arm} {'predicts' if d.relative else 'is'} {self.verdict} than {control} here."
+            arm, control = f"this policy of {arm}", f"this one of {control}"
+        verdict = said.verdict.format(arm=arm, verdict=self.verdict, control=control)
+        return f"{measured} Here {verdict}."
 
     def sides(self) -> tuple[str, str]:
         """Arm and control, each with its part of the data where the two differ in it."""
@@ -121,6 +143,7 @@ def corrected_contrasts(
     groups: Groups[Run],
     pairs: Sequence[Pair],
     difference: Callable[[Mapping[int, Run], Mapping[int, Run]], PairedDifference],
+    measure: Measure = SUCCESS,
 ) -> tuple[Contrast, ...]:
     """One family of contrasts: its p-values are corrected together (Holm).
 
@@ -128,11 +151,12 @@ def corrected_contrasts(
         groups: of all arms.
         pairs: what is compared.
         difference: of treated and control runs.
+        measure: what it is of.
     """
     made = [difference(groups[p.arm, p.fraction], groups[p.control, p.control_fraction]) for p in pairs]
     adjusted = holm({str(number): one.p_value for number, one in enumerate(made)})
     return tuple(
-        Contrast(*pair, one, p_holm, verdict_of(_gain(one), p_holm))
+        Contrast(*pair, one, p_holm, verdict_of(_gain(one), p_holm), measure)
         for pair, one, p_holm in zip(pairs, made, adjusted.values(), strict=True)
     )
 
@@ -141,23 +165,27 @@ def _gain(difference: PairedDifference) -> float:
     return -difference.value if difference.relative else difference.value
 
 
-def in_words(contrasts: Sequence[Contrast]) -> list[str]:
-    """A sentence for each contrast, those that are shown first; many that are not shown are gathered."""
-    unclear = [one for one in contrasts if one.verdict == "not shown"]
-    shown = [one.sentence() for one in contrasts if one.verdict != "not shown"]
+def shown_in_words(contrasts: Iterable[Contrast]) -> list[str]:
+    """A sentence for each contrast that is shown."""
+    return [one.sentence() for one in contrasts if one.verdict != NOT_SHOWN]
+
+
+def unclear_in_words(contrasts: Sequence[Contrast]) -> list[str]:
+    """A sentence for each contrast that is not shown; many are gathered."""
+    unclear = [one for one in contrasts if one.verdict == NOT_SHOWN]
     if len(unclear) <= MANY:
-        return [*shown, *(one.sentence() for one in unclear)]
-    subject = "Held-out error" if contrasts[0].difference.relative else "Success, in points"
+        return [one.sentence() for one in unclear]
+    measure = contrasts[0].measure
+    subject = ", in".join(filter(None, (measure.subject, measure.unit)))
     groups: dict[str, list[Contrast]] = {}
     for one in unclear:
         groups.setdefault(one.sides()[1], []).append(one)
-    gathered = [
+    return [
         f"{subject}, against {control}, a difference is not shown for any of these: "
         + "; ".join(f"{one.sides()[0]}{one.part()} {one.difference}" for one in group)
         + f" (95 % intervals; Holm-corrected p at least {min(one.p_holm for one in group):.3f})."
         for control, group in groups.items()
     ]
-    return [*shown, *gathered]
 
 
 def contrast_columns(difference: str) -> list[str]:
@@ -190,8 +218,8 @@ def contrast_table(contrasts: Sequence[Contrast]) -> list[Table]:
     if not contrasts:
         return []
     first = contrasts[0]
-    title = "Paired differences of " + (
-        "held-out error" if first.difference.relative else "success, in points"
+    title = "Paired differences of " + ", in".join(
+        filter(None, (first.measure.subject.lower(), first.measure.unit))
     )
     if first.fraction != first.control_fraction:
         title += f", against {first.sides()[1]}"

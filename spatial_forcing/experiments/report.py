@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spatial_forcing.analysis.probe_page import read_probe
-from spatial_forcing.analysis.report import Media, ReportData, Section, write_report
+from spatial_forcing.analysis.report import Media, ReportData, Section, VideoRow, write_report
 from spatial_forcing.analysis.run_page import numbers_section, read_representation
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.evaluation import read_results
@@ -47,17 +47,15 @@ def write_page(
         settings: further settings to be shown, by name.
     """
     parts = ", ".join(f"{100 * fraction:g} %" for fraction in config.fractions)
-    arms = [arm.name for arm in config.specs]
+    arms = {arm.title: arm for arm in config.specs}
     data = ReportData(
         title=title,
         subtitle=f"{len(arms)} arms, training seeds {', '.join(map(str, config.seeds))}, trained on {parts} "
         f"of the demonstrations{' that are not held out' if config.held_out else ''}; {_measured(config)}",
         sections=(
-            comparison_section(
-                found, {arm.name: arm.description for arm in config.specs}, (*_notes(config), *notes)
-            ),
+            comparison_section(found, arms, (*_notes(config), *notes)),
             *_losses(config),
-            *gradient_sections(found.audits, arms),
+            *gradient_sections(found.audits, tuple(arms)),
             *(_evidence(config) if sections is None else sections),
             *_videos(config),
         ),
@@ -98,7 +96,7 @@ def _notes(config: CompareConfig) -> tuple[str, ...]:
 
 def _losses(config: CompareConfig) -> list[Section]:
     lines = {
-        arm.name: [
+        arm.title: [
             read_metrics(config.output / RUNS / cell.name)
             for cell in cells(config)
             if cell.arm.name == arm.name and cell.fraction == max(config.fractions)
@@ -110,17 +108,19 @@ def _losses(config: CompareConfig) -> list[Section]:
 
 
 def _videos(config: CompareConfig) -> list[Section]:
-    """The videos of every run; the blind arm's are left out."""
-    videos = []
+    """The filmed episodes, a row each: all arms of a training seed side by side, from the same start."""
+    rows: dict[str, list[Media]] = {}
     for cell in cells(config):
         folder = config.output / RUNS / cell.name
+        part = "" if cell.fraction == 1 else f", {100 * cell.fraction:g} % of the data"
         for e in read_results(folder / EPISODES):
-            if e.video is not None and not cell.arm.blind:
+            if e.video is not None:
+                heading = f"{e.task}, episode {e.seed}, training seed {cell.seed}{part}"
                 outcome = "success" if e.success else "failure"
-                videos.append(
-                    Media.file(folder / e.video, f"{cell.name}: {e.task}, episode {e.seed}, {outcome}")
-                )
-    return [Section("videos", "Videos", videos=tuple(videos))] if videos else []
+                shown = Media.file(folder / e.video, f"{cell.arm.title}: {outcome} after {e.steps} steps")
+                rows.setdefault(heading, []).append(shown)
+    made = tuple(VideoRow(heading, tuple(videos)) for heading, videos in rows.items())
+    return [Section("videos", "Videos", videos=made)] if made else []
 
 
 def _evidence(config: CompareConfig) -> list[Section]:

@@ -321,14 +321,14 @@ def read_comparison(config: CompareConfig, runs: Sequence[Run]) -> Comparison:
     if config.held_out:
         by_name = {run.cell.name: _errors(config, run) for run in runs}
         measured = [record for record in by_name.values() if record is not None]
-        errors = analyse_errors(measured, controls=config.controls)
+        errors = analyse_errors(measured, controls=config.control_titles)
         missing = [name for name, record in by_name.items() if record is None]
         if not config.tasks:
             return without_rollouts(sorted({record.seed for record in measured}), missing, errors)
     records = {run.cell.name: _record(config, run) for run in runs}
     found = analyse(
         [record for record in records.values() if record is not None],
-        controls=config.controls,
+        controls=config.control_titles,
         threshold=config.threshold,
         missing=[name for name, record in records.items() if record is None or name in missing],
     )
@@ -343,7 +343,7 @@ def _errors(config: CompareConfig, run: Run) -> RunRecord | None:
     if result is None or any(str(step) not in known for step in steps):
         return None
     return RunRecord(
-        arm=run.cell.arm.name,
+        arm=run.cell.arm.title,
         fraction=run.cell.fraction,
         seed=run.cell.seed,
         outcomes={step: {(task, int(n)): float(e) for task, n, e in known[str(step)]} for step in steps},
@@ -365,7 +365,7 @@ def _record(config: CompareConfig, run: Run) -> RunRecord | None:
     if result is None or any(len(evaluated.get(step, ())) < number for step, number in wanted.items()):
         return None
     return RunRecord(
-        arm=run.cell.arm.name,
+        arm=run.cell.arm.title,
         fraction=run.cell.fraction,
         seed=run.cell.seed,
         outcomes={step: outcomes(evaluated[step]) for step in wanted},
@@ -385,7 +385,7 @@ def _audits(runs: Sequence[Run]) -> tuple[AuditRow, ...]:
     """The gradient audits that finished runs logged."""
     return audit_rows(
         [
-            AuditRecord(run.cell.arm.name, run.cell.fraction, read_metrics(run.train.output))
+            AuditRecord(run.cell.arm.title, run.cell.fraction, read_metrics(run.train.output))
             for run in runs
             if read_result(run.train.output) is not None
         ]

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spatial_forcing.analysis.charts import Interval, Series, interval_chart, thinned
-from spatial_forcing.analysis.report import Card, Cell, Figure, Section, TableData
+from spatial_forcing.analysis.charts import Interval, Series, thinned
+from spatial_forcing.analysis.figures import Figure
+from spatial_forcing.analysis.report import Card, Cell, Section, TableData
 from spatial_forcing.evaluation.paired import p_text
+from spatial_forcing.experiments.arms import ArmSpec
 from spatial_forcing.experiments.audits import AuditRow, whole
 from spatial_forcing.experiments.contrasts import Contrast
 from spatial_forcing.experiments.statistics import Comparison, HeldOut, Row, SuccessRow
@@ -16,15 +18,20 @@ from spatial_forcing.experiments.statistics import Comparison, HeldOut, Row, Suc
 MOST_CARDS = 4
 LESS_DATA = "Arms on less data against the control on the most"
 CURVES = {
-    "action_loss": ("Action loss", "what the policy is trained for"),
-    "align_loss": ("Alignment loss", "1 - mean cosine between projected tokens and the teacher's features"),
+    "action_loss": ("Action loss", "what the policy is trained for", False),
+    "align_loss": (
+        "Alignment loss",
+        "1 \u2212 mean cosine between projected tokens and the teacher's features",
+        True,
+    ),
 }
+"""Title, meaning, and whether the axis is logarithmic, by metric."""
 
 
 def comparison_section(
-    found: Comparison, arms: Mapping[str, str] | None = None, notes: Sequence[str] = ()
+    found: Comparison, arms: Mapping[str, ArmSpec] | None = None, notes: Sequence[str] = ()
 ) -> Section:
-    """Success over training seeds, paired differences, curves, cost; `arms` are described in a line each."""
+    """Success over training seeds, paired differences, curves, cost; `arms` says by title what each is."""
     figures: list[Figure] = []
     tables: list[TableData] = []
     if found.rows:
@@ -48,8 +55,11 @@ def comparison_section(
         figures += _error_figures(found.held_out)
         tables += _error_tables(found.held_out)
     if arms:
-        lines = tuple((Cell(name), Cell(text, words=True)) for name, text in arms.items())
-        tables.append(TableData("meaning", "What the arms are", ("arm", "what it is"), lines))
+        lines = tuple(
+            (Cell(title), Cell(arm.name, words=True), Cell(arm.description, words=True))
+            for title, arm in arms.items()
+        )
+        tables.append(TableData("meaning", "What the arms are", ("arm", "name", "what it is"), lines))
     return Section(
         key="comparison",
         title="Comparison",
@@ -108,7 +118,7 @@ def training_section(lines: Mapping[str, Sequence[Sequence[Mapping[str, float]]]
         lines: by arm, the metrics lines of its runs.
     """
     figures = []
-    for key, (title, explanation) in CURVES.items():
+    for key, (title, explanation, log) in CURVES.items():
         series, averaged = [], False
         for number, (arm, runs) in enumerate(lines.items()):
             curves = [{row["step"]: row[key] for row in run if key in row} for run in runs]
@@ -122,11 +132,12 @@ def training_section(lines: Mapping[str, Sequence[Sequence[Mapping[str, float]]]
         if series:
             note = "line: mean of consecutive steps, band: their extremes" if averaged else ""
             text = "; ".join(filter(None, (explanation, note)))
-            figures.append(Figure.lines(series, title, text, x_label="training step", y_label=title.lower()))
+            axes = {"x_label": "training step", "y_label": title.lower()}
+            figures.append(Figure.lines(series, title, text, log=log, **axes))
     return Section("losses", "Losses", figures=tuple(figures))
 
 
-def _cards(found: Comparison, arms: Mapping[str, str]) -> tuple[Card, ...]:
+def _cards(found: Comparison, arms: Mapping[str, ArmSpec]) -> tuple[Card, ...]:
     """Success of every arm on the most data; none where there are too many to be read."""
     most = max((row.fraction for row in found.rows), default=1.0)
     rows = [row for row in found.rows if row.fraction == most]
@@ -140,7 +151,7 @@ def _cards(found: Comparison, arms: Mapping[str, str]) -> tuple[Card, ...]:
             f"{100 * s.mean:.1f} %",
             f"95 % interval {100 * s.low:.1f} to {100 * s.high:.1f} %, over "
             + (f"{s.seeds} training seeds" if s.seeds > 1 else f"{found.episodes} episodes"),
-            arms.get(row.arm, ""),
+            arms[row.arm].description if row.arm in arms else "",
         )
         for row in rows
         for s in (row.success,)
@@ -182,18 +193,16 @@ def _success_figure(rows: Sequence[SuccessRow], label: Labels) -> Figure:
                         if row.success.seeds > 1
                         else ""
                     ),
+                    tuple(row.per_seed.values()) if row.success.seeds > 1 else (),
                 )
             ],
         )
         for row in rows
     ]
     title = "Success, mean over training seeds"
-    over = "seeds" if rows[0].success.seeds > 1 else "the episodes of one seed"
-    return Figure(
-        title,
-        interval_chart(marks, title=title, x_label="success", percent=True),
-        f"95 % intervals over {over}",
-    )
+    many = rows[0].success.seeds > 1
+    over = "seeds; small dots: each seed" if many else "the episodes of one seed"
+    return Figure.intervals(marks, title, f"95 % intervals over {over}", x_label="success", percent=True)
 
 
 def _contrast_figure(
@@ -215,14 +224,23 @@ def _contrast_figure(
                     c.difference.low,
                     c.difference.high,
                     c.sentence(),
+                    tuple(c.difference.per_seed.values()) if c.difference.seeds > 1 else (),
                 )
             ],
         )
         for c in contrasts
     ]
-    svg = interval_chart(marks, title=title, x_label=x_label, percent=True, signed=True)
-    over = "training seed" if contrasts[0].difference.seeds > 1 else "episode of one training seed"
-    return Figure(title, svg, f"{text}paired by {over}, 95 % intervals")
+    many = contrasts[0].difference.seeds > 1
+    over = "training seed" if many else "episode of one training seed"
+    dots = "; small dots: each seed" if many else ""
+    return Figure.intervals(
+        marks,
+        title,
+        f"{text}paired by {over}, 95 % intervals{dots}",
+        x_label=x_label,
+        percent=True,
+        signed=True,
+    )
 
 
 def _curve_figures(rows: Sequence[Row], subject: str, y_label: str, *, percent: bool) -> list[Figure]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation.paired import (
     LEVEL,
+    NOT_SHOWN,
     Outcomes,
     PairedDifference,
     SeedOutcomes,
@@ -30,15 +31,19 @@ from spatial_forcing.evaluation.paired import (
 from spatial_forcing.evaluation.planning import Plan, StepsToThreshold, sample_sizes, steps_to_threshold
 from spatial_forcing.experiments.audits import AuditRow, audit_table
 from spatial_forcing.experiments.contrasts import (
+    ERROR,
+    SUCCESS,
     Contrast,
     Groups,
+    Measure,
     contrast_columns,
     contrast_table,
     corrected_contrasts,
     csv_lines,
-    in_words,
     on_less_data,
     on_the_same_data,
+    shown_in_words,
+    unclear_in_words,
     worth_of_sight,
 )
 
@@ -141,16 +146,6 @@ class HeldOut:
     episodes: int
     less_data: tuple[Contrast, ...] = ()
 
-    def sentences(self) -> list[str]:
-        """The result in words, limits included."""
-        said = [*worth_of_sight(self.contrasts), *in_words(self.contrasts), *in_words(self.less_data)]
-        return [*said, MEANING]
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, JSON-able."""
-        plain: dict[str, Any] = asdict(self)
-        return plain | {"sentences": self.sentences()}
-
     def csv(self) -> str:
         """A line for each arm and control, the control's other parts of the data included."""
         header = ["error", "low", "high", "train_seconds", "peak_memory_bytes", "act_ms"]
@@ -175,7 +170,7 @@ class Comparison:
     """All of it. `plans` say how many seeds it takes to show `EFFECT` at 80 % power.
 
     `less_data` are arms on less data against the first control on the most, corrected among themselves;
-    `audits` are what the runs logged of their gradients.
+    `audits` are what the runs logged of their gradients, `depth` what a probe of their policies found.
     Without a simulator there are no rows, and `held_out` is what there is.
     """
 
@@ -191,17 +186,22 @@ class Comparison:
     held_out: HeldOut | None = None
     less_data: tuple[Contrast, ...] = ()
     audits: tuple[AuditRow, ...] = ()
+    depth: tuple[Contrast, ...] = ()
 
     def sentences(self) -> list[str]:
-        """The result in words, limits included."""
-        said = [*self.remarks, *worth_of_sight(self.contrasts)]
-        said += [*in_words(self.contrasts), *in_words(self.less_data)]
-        if not (self.contrasts or (self.held_out and self.held_out.contrasts)):
+        """The result in words: what is shown, success first; then what is not, and the limits of both."""
+        errors = self.held_out.contrasts if self.held_out else ()
+        less_errors = self.held_out.less_data if self.held_out else ()
+        families = (self.contrasts, errors, self.depth, self.less_data, less_errors)
+        said = [sentence for family in families for sentence in shown_in_words(family)]
+        said += [sentence for family in families for sentence in unclear_in_words(family)]
+        if not (self.contrasts or errors):
             said.append("Nothing is compared yet: a difference needs training seeds that both arms have.")
-        if any(one.verdict == "not shown" for one in self.contrasts):
+        if any(one.verdict == NOT_SHOWN for one in self.contrasts):
             said += [plan_sentence(plan, self.planned_for) for plan in self.plans[:1]]
-        said += self.held_out.sentences() if self.held_out else []
-        if self.contrasts and self.held_out and self.held_out.contrasts:
+        said += [*worth_of_sight(self.contrasts), *worth_of_sight(errors), *self.remarks]
+        said += [MEANING] if self.held_out else []
+        if self.contrasts and errors:
             said.append(BOTH)
         if self.missing:
             said.append(f"Not finished and not counted: {', '.join(self.missing)}.")
@@ -347,7 +347,7 @@ def analyse(
     runs = list(runs)
     groups = _groups(runs)
     threshold = threshold if threshold is not None else _control_level(groups, controls[0])
-    contrasts, less = _families(groups, controls, paired_difference)
+    contrasts, less = _families(groups, controls, paired_difference, SUCCESS)
     plans, planned_for = _plans(contrasts)
     return Comparison(
         rows=tuple(
@@ -375,7 +375,7 @@ def analyse_errors(runs: Sequence[RunRecord], *, controls: Sequence[str]) -> Hel
         DataError: no run, or arms with different episodes.
     """
     groups = _groups(runs)
-    contrasts, less = _families(groups, controls, paired_error)
+    contrasts, less = _families(groups, controls, paired_error, ERROR)
     rows = tuple(_error_row(arm, fraction, group) for (arm, fraction), group in groups.items())
     return HeldOut(rows, contrasts, len(runs[0].final), less)
 
@@ -390,17 +390,17 @@ def _groups(runs: Sequence[RunRecord]) -> dict[tuple[str, float], dict[int, RunR
 
 
 def _families(
-    groups: Groups[RunRecord], controls: Sequence[str], measure: Any
+    groups: Groups[RunRecord], controls: Sequence[str], paired: Any, measure: Measure
 ) -> tuple[tuple[Contrast, ...], tuple[Contrast, ...]]:
     """Contrasts on the same data, and on less data than the first control's most."""
 
     def difference(treated: Mapping[int, RunRecord], other: Mapping[int, RunRecord]) -> PairedDifference:
-        made: PairedDifference = measure(_final(treated), _final(other))
+        made: PairedDifference = paired(_final(treated), _final(other))
         return made
 
     return (
-        corrected_contrasts(groups, on_the_same_data(groups, controls), difference),
-        corrected_contrasts(groups, on_less_data(groups, controls[0]), difference),
+        corrected_contrasts(groups, on_the_same_data(groups, controls), difference, measure),
+        corrected_contrasts(groups, on_less_data(groups, controls[0]), difference, measure),
     )
 
 

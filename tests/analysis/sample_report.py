@@ -10,12 +10,14 @@ import torch
 from spatial_forcing.analysis.pictures import pca_pictures
 from spatial_forcing.analysis.probe import DepthPanel, ProbeMetrics, ProbeResult
 from spatial_forcing.analysis.probe_page import probe_section
-from spatial_forcing.analysis.report import Media, ReportData, Section, pca_rows
+from spatial_forcing.analysis.report import Media, ReportData, Section, VideoRow, pca_rows
 from spatial_forcing.evaluation.video import write_video
+from spatial_forcing.experiments.arms import parse_arm
 from spatial_forcing.experiments.sections import comparison_section, training_section
 from spatial_forcing.experiments.statistics import Comparison, RunRecord, analyse
 
 TASKS = ("reach-v3", "push-v3", "drawer-open-v3", "button-press-topdown-v3", "window-open-v3")
+ARM_NAMES = ("alpha0", "sf", "blind")
 RATES = {
     "base": (0.55, 0.12, 0.5, 0.35, 0.4),
     "SF": (0.66, 0.2, 0.58, 0.4, 0.5),
@@ -75,8 +77,11 @@ def scene(rng: np.random.Generator, size: int = 96) -> tuple[np.ndarray, np.ndar
 def probe(rng: np.random.Generator) -> ProbeResult:
     values = {
         ("mean depth image", "floor", None): 0.161,
+        ("random init", "floor", 0): 0.124,
         ("random init", "floor", 2): 0.118,
+        ("base", "student", 0): 0.092,
         ("base", "student", 2): 0.081,
+        ("SF", "student", 0): 0.09,
         ("SF", "student", 2): 0.064,
         ("teacher", "ceiling", None): 0.047,
     }
@@ -99,11 +104,7 @@ def probe(rng: np.random.Generator) -> ProbeResult:
 
 def sample_report(folder: Path) -> ReportData:
     rng = np.random.default_rng(0)
-    described = {
-        "base": "alpha 0: fine-tuned without the teacher",
-        "SF": "alpha 0.5: visual tokens after block 2 aligned with vggt-nano",
-        "blind": "alpha 0, images blanked: what state and instruction alone reach",
-    }
+    described = {arm: parse_arm(f"{arm}={name}") for arm, name in zip(RATES, ARM_NAMES, strict=True)}
     scenes = [scene(rng)[0] for _ in range(3)]
     small = torch.from_numpy(np.stack([s[8::16, 8::16] for s in scenes])).double()
     mixed = {
@@ -124,8 +125,12 @@ def sample_report(folder: Path) -> ReportData:
             training_section({arm: [losses(arm, rng)] for arm in RATES}),
             probe_section(
                 probe(rng),
-                {"mean depth image": "mean image (floor)", "base": "base", "SF": "SF", "teacher": "teacher"},
-                list(RATES),
+                names={
+                    "mean depth image": "mean image (floor)",
+                    "base": "base",
+                    "SF": "SF",
+                    "teacher": "teacher",
+                },
             ),
             Section(
                 "features",
@@ -137,7 +142,10 @@ def sample_report(folder: Path) -> ReportData:
             Section(
                 "videos",
                 "Videos",
-                videos=tuple(Media.file(video, f"{task}, SF, success") for task in TASKS[:3]),
+                videos=tuple(
+                    VideoRow(task, tuple(Media.file(video, f"{arm}: success") for arm in RATES))
+                    for task in TASKS[:2]
+                ),
             ),
         ),
         config={

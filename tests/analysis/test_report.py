@@ -1,5 +1,7 @@
+import base64
 import json
 import re
+import xml.etree.ElementTree as ET
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -11,8 +13,8 @@ from spatial_forcing.experiments.sections import training_section
 from tests.analysis.browser import inspect, visit
 from tests.analysis.sample_report import TASKS, compared, sample_report
 
-CHARTS = 3 + 2 + 1
-"""Success, differences, success over training; two losses; the probe."""
+CHARTS = 3 + 2 + 3
+"""Success, differences, success over training; two losses; the probe's three metrics."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def test_every_section_is_there(page):
         assert f'href="#{section}"' in html
     assert html.count('class="chart"') == CHARTS
     assert html.count('class="card"') == 3
-    assert html.count("<video") == 3
+    assert html.count("<video") == html.count('poster="data:image/png') == 2 * 3
     assert "&#34;alpha&#34;: 0.5" in html
     assert "packages.torch" in html
     assert "spatial-forcing quickstart --seed 0" in html
@@ -44,6 +46,32 @@ def test_nothing_on_the_page_points_outside_it(page):
     assert targets
     assert all(t.startswith(("data:", "#")) for t in targets)
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", html)
+
+
+def test_every_figure_can_be_saved_as_vectors_and_numbers(page):
+    html = page.read_text()
+    saved = re.findall(r'<a download="([^"]*)" href="data:([^;]*);base64,([^"]*)"', html)
+    kinds = {"svg": "image/svg+xml", "pdf": "application/pdf", "csv": "text/csv"}
+    assert len(saved) == 3 * CHARTS
+    for name, kind, data in saved:
+        assert kinds[name.rpartition(".")[2]] == kind
+        content = base64.b64decode(data)
+        if kind == "image/svg+xml":
+            tree = ET.fromstring(content)
+            assert tree.tag == "{http://www.w3.org/2000/svg}svg"
+            # No class, variable or script of the page is needed.
+            assert not re.search(rb'class=|currentColor|var\(|data-tip|class="hit"', content)
+        elif kind == "application/pdf":
+            assert content.startswith(b"%PDF-")
+            assert b"/FontFile2" in content  # embedded, as publishers want
+        else:
+            assert len(content.splitlines()) > 1
+    csv = next(
+        base64.b64decode(d).decode() for n, _, d in saved if n == "success-mean-over-training-seeds.csv"
+    )
+    row = next(line for line in csv.splitlines() if line.startswith("SF,")).split(",")
+    spread = compared().rows[1].success
+    assert [float(v) for v in row[1:]] == pytest.approx([spread.mean, spread.low, spread.high], rel=1e-5)
 
 
 def test_every_picture_has_an_alternative_text(page):
@@ -171,7 +199,7 @@ def test_tables_come_as_csv(page):
     spread = compared().rows[1].success
     shown = [100 * v for v in (spread.mean, spread.low, spread.high)]
     assert [float(v) for v in row[2:5]] == pytest.approx(shown, rel=1e-5)
-    assert len(tables["probe-readouts.csv"].splitlines()) == 1 + 5 * 3
+    assert len(tables["probe-readouts.csv"].splitlines()) == 1 + 8 * 3
 
 
 def test_the_browser_check_notices_errors_and_requests(tmp_path):

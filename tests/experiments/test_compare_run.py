@@ -25,6 +25,7 @@ from spatial_forcing.training.metrics import read_metrics
 from tests.analysis.rooms import write_rooms
 from tests.experiments.room_env import make_room
 
+PLAIN, FORCED, FUSED = "no alignment", "spatial forcing", "teacher as input"
 SMALL = (
     'student.cameras=["front","wrist"]', "student.image_size=32", "student.width=16", "student.depth=2",
     "student.heads=2", "student.action_dim=3", "student.chunk=2", "student.vocab=64", "batch_size=4",
@@ -84,8 +85,8 @@ def test_comparison_is_matched_resumes_and_grows(rooms, tmp_path, trained, evalu
     assert [name for name, _ in trained] == [cell.name for cell in cells(config)]
     assert len(evaluated) == 3 * 2 * 2
     assert found.missing == ()
-    assert {row.arm: row.success.mean for row in found.rows} == dict.fromkeys(("alpha0", "sf", "fusion"), 0.5)
-    assert [(c.arm, c.verdict) for c in found.contrasts] == [("sf", "not shown"), ("fusion", "not shown")]
+    assert {row.arm: row.success.mean for row in found.rows} == dict.fromkeys((PLAIN, FORCED, FUSED), 0.5)
+    assert [(c.arm, c.verdict) for c in found.contrasts] == [(FORCED, "not shown"), (FUSED, "not shown")]
     assert all(row.act_ms > 0 and row.seconds > 0 and row.peak_memory > 0 for row in found.rows)
 
     # Matched: same first loss, whatever the arm (the fusion arm's output starts at zero).
@@ -152,9 +153,9 @@ def test_without_a_simulator_arms_are_compared_on_held_out_demonstrations(
         torch.testing.assert_close(load_student(run.output / "policy").action_norm.offset, middle)
     assert found.rows == ()
     assert found.held_out.episodes == 2
-    assert [row.arm for row in found.held_out.rows] == ["alpha0", "sf"]
+    assert [row.arm for row in found.held_out.rows] == [PLAIN, FORCED]
     assert [sorted(row.curve) for row in found.held_out.rows] == [[2, 4]] * 2
-    assert found.held_out.contrasts[0].control == "alpha0"
+    assert found.held_out.contrasts[0].control == PLAIN
     assert all(row.act_ms > 0 and row.seconds > 0 and row.peak_memory > 0 for row in found.held_out.rows)
     # What a policy of another step or another seed would have.
     errors = {e for row in found.held_out.rows for e in (*row.per_seed.values(), *row.curve.values())}
@@ -183,18 +184,22 @@ def test_the_page_shows_what_else_was_found_out_about_the_runs(moving_rooms, tmp
         set=(*SMALL, "audit_every=1"),
     )  # fmt: skip
     found = compare(config, QUIET, no_environment)
-    assert {row.arm for row in found.audits} == {"sf"}
-    assert (config.output / "audit.csv").read_text().startswith("arm,fraction,place,seeds,cosine,ratio\nsf,")
+    assert {row.arm for row in found.audits} == {FORCED}
+    assert (
+        (config.output / "audit.csv")
+        .read_text()
+        .startswith(f"arm,fraction,place,seeds,cosine,ratio\n{FORCED},")
+    )
     page = write_page(config, found).read_text()
     assert 'id="gradients"' in page
-    assert 'id="layers"' not in page
+    assert 'id="probe"' not in page
 
     run = config.output / "runs" / "sf-seed0"
     analyse(AnalyseOptions(run, frames=4, maps=False))
     policies = (run / "policy", config.output / "runs" / "alpha0-seed0" / "policy")
     probe(ProbeOptions(policies, moving_rooms, layers=(1,), teacher="none", output=config.output / "probe"))
     page = write_page(config, found).read_text()
-    for part in ('id="layers"', 'id="probe"', "Tokens of sf-seed0", f"{policies[1]}: align layer 1"):
+    for part in ('id="probe"', "Tokens of sf-seed0", f"{policies[1]}: align layer 1"):
         assert part in page
     assert 'data-csv="tokens-sf-seed0-ranks"' in page
 
@@ -228,7 +233,7 @@ def test_held_out_errors_stand_beside_success(moving_rooms, tmp_path, trained, e
     found = compare(config, QUIET, make_room)
     assert [row.success.mean for row in found.rows] == [0.5, 0.5]
     assert found.held_out.episodes == 1
-    assert sum(s.startswith("Held-out error, sf against alpha0") for s in found.sentences()) == 1
+    assert sum(s.startswith(f"Held-out error, {FORCED} against {PLAIN}") for s in found.sentences()) == 1
     assert len(found.tables()) == 4
     torch.testing.assert_close(
         found.held_out.contrasts[0].difference.value,
