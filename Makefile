@@ -23,18 +23,18 @@ $(VENV)/.stamp: pyproject.toml
 gl:  ## Install the software OpenGL library that the simulators render with, if it is missing
 	@$(PYTHON) scripts/install_gl.py
 
-libero: $(VENV)/.libero  ## Install LIBERO's simulator (0.9 GB), for the tests that are skipped without it
+libero: $(VENV)/.libero  ## Install LIBERO's simulator (0.9 GB)
 
 $(VENV)/.libero: $(VENV)/.stamp
 # Without its pins: a CUDA torch, an old numpy and an old transformers, none of which it needs here.
 	@$(BIN)/python -m pip install --quiet --editable '.[dev,libero]' \
 	  && $(BIN)/python -m pip install --quiet --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1 \
-	  && touch $@ || echo "make: LIBERO's simulator could not be installed; its tests will be skipped"
+	  && touch $@ || echo "make: LIBERO's simulator could not be installed; tests that need it will be skipped"
 
-quickstart: setup gl  ## The main job, end to end: about ten minutes on two cores
+quickstart: setup gl libero  ## The main job, end to end: about ten minutes on two cores
 	$(SPATIAL_FORCING) quickstart $(ARGS)
 
-quickstart-smoke: setup gl  ## The same stages at toy size: under four minutes
+quickstart-smoke: setup gl libero  ## The same stages at toy size: under four minutes
 	$(SPATIAL_FORCING) quickstart --smoke $(ARGS)
 
 lint: setup  ## ruff: style and format

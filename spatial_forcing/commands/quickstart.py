@@ -7,18 +7,25 @@ from pathlib import Path
 import tyro
 
 from spatial_forcing.experiments.quickstart import QuickstartConfig, run_quickstart
+from spatial_forcing.experiments.quickstart import long as long_config
 from spatial_forcing.experiments.quickstart import smoke as smoke_config
 
 
-def quickstart(config: tyro.conf.OmitArgPrefixes[QuickstartConfig], smoke: bool = False) -> None:
+def quickstart(
+    config: tyro.conf.OmitArgPrefixes[QuickstartConfig], long: bool = False, smoke: bool = False
+) -> None:
     """Record, cache, train with and without spatial forcing, evaluate, probe, report.
+
+    Where LIBERO's assets are not found, plain ones are made in the user's cache folder.
 
     Args:
         config: settings; the defaults take about ten minutes on two cores.
+        long: eight training seeds and a third arm: about an hour. A short one in the same folder is
+            continued.
         smoke: run every stage at toy size (only --output is read); its numbers mean nothing.
     """
     default = QuickstartConfig()
     if smoke:
         output = config.output if config.output != default.output else Path("quickstart-smoke")
         config = smoke_config(output)
-    run_quickstart(config)
+    run_quickstart(long_config(config) if long else config)

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
+import numpy as np
 from rich.console import Console
 
 from spatial_forcing.analysis.features import Frames, student_cameras, student_features, teacher_features
 from spatial_forcing.analysis.pictures import pca_pictures
-from spatial_forcing.analysis.probe import MEAN_IMAGE, probe_depth
+from spatial_forcing.analysis.probe import MEAN_IMAGE, ProbeResult, probe_depth
 from spatial_forcing.analysis.probe import TEACHER as CEILING
 from spatial_forcing.analysis.probe_page import probe_section
 from spatial_forcing.analysis.report import Section, pca_rows
@@ -26,36 +27,38 @@ from spatial_forcing.data import Dataset
 from spatial_forcing.data.record import RecordConfig, record
 from spatial_forcing.envs.base import EVALUATION_SEEDS
 from spatial_forcing.envs.gl import ensure_gl
+from spatial_forcing.envs.libero_setup import ensure_assets
 from spatial_forcing.errors import ConfigError
+from spatial_forcing.evaluation.paired import Outcomes, paired_error
 from spatial_forcing.experiments.checks import check_folder
 from spatial_forcing.experiments.config import CompareConfig, cells, train_config
+from spatial_forcing.experiments.contrasts import DEPTH, Contrast, corrected_contrasts, on_the_same_data
 from spatial_forcing.experiments.report import PAGE, write_page
 from spatial_forcing.experiments.run import RESULT, Run, compare, reread
 from spatial_forcing.experiments.statistics import Comparison
 from spatial_forcing.forcing.config import resolve_pairs
-from spatial_forcing.nano_teacher.tasks import check_held_out
 from spatial_forcing.protocols import Student, Teacher
 from spatial_forcing.storage import write_json
 from spatial_forcing.students import load_student
 from spatial_forcing.teachers import load_teacher
-from spatial_forcing.training import QUICKSTART_TASKS
 from spatial_forcing.training.fields import from_plain, to_plain
-from spatial_forcing.training.parts import make_student
+from spatial_forcing.training.parts import hold_out, make_student
 
-PRESET, TEACHER = "nano-metaworld", "vggt-nano"
-CONTROL, FORCED, BLIND = "alpha0", "SF", "blind"
-ARMS = (CONTROL, f"{FORCED}=sf", BLIND)
+PRESET, TEACHER = "openvla-oft-tiny-libero", "vggt-nano"
+OVERRIDES = ("batch_size=8", "forcing.alpha=1.0")
+"""What differs from the preset; chosen by the search of studies/quickstart."""
+FIRST_STATE = 20
+"""First of LIBERO's official initial states that is played: the search used those before."""
 SETTINGS = "quickstart.json"
-DEMONSTRATIONS, SCENES = "demonstrations", "probe-scenes"
-PROBE_FIRST_SEED = 5_000
-"""Scenes of the depth probe: apart from the demonstrations' seeds, which start at 0."""
+DEMONSTRATIONS = "demonstrations"
 RANDOM = "random weights"
-PCA_FRAMES = 3
+LONG_SEEDS = 8
+PROBE_FRAMES, PCA_FRAMES, PCA_SHOWN = 640, 24, 2
 NOTES = (
-    "The teacher, vggt-nano, was pretrained on rendered scenes of other tasks with other objects.",
-    "On Meta-World the policies see two images, the instruction, and the hand's position and gripper; "
-    "never the positions of objects or goals.",
-    "See studies/quickstart for several training seeds.",
+    "The teacher, vggt-nano, was pretrained on rendered Meta-World scenes: other robots, objects and rooms.",
+    "The policies see two images, the instruction, and the hand's pose and fingers; no object's position.",
+    "A tiny policy learns from scratch here. That a pretrained one gains as much is not said.",
+    "studies/quickstart/FINDINGS.md has the confirmation of this setting on fresh training seeds.",
 )
 
 
@@ -65,63 +68,57 @@ class QuickstartConfig:
 
     Attributes:
         output: folder of everything that is made; run again with it to resume or to reuse.
-        tasks: Meta-World tasks.
-        demos: expert demonstrations of each task.
-        noise: disturbance of the demonstrations (`RecordConfig.noise`). Without it a policy that uses its
-            images drifts away from the few states that it has seen, and one that is blind does better.
-        steps: optimizer steps of each arm.
-        evaluations: checkpoints that are evaluated, evenly spaced, the last one included.
-        episodes: evaluation episodes of each task at the last checkpoint; half as many at earlier ones.
+        task: a LIBERO task.
+        arms: what is compared, as `CompareConfig.arms` takes them; the first one is the control.
+        seeds: training seeds: of initial weights and batches, the same in every arm.
+        demos: demonstrations of the scripted expert, with depth.
+        held_out: share of them that no policy is trained on.
+        noise: disturbance of the demonstrations (`RecordConfig.noise`).
+        steps: optimizer steps of each run.
+        checkpoints: evaluations over training, evenly spaced, the last step included.
+        episodes: evaluation episodes of each policy.
         horizon: steps after which an evaluation episode has failed.
-        image_size: pixels on a side that the cameras render; the nano student's own, so nothing is resized.
-        probe_demos: episodes of each task with depth, for the depth probe.
-        seed: of initial weights and batches, the same in every arm.
+        image_size: pixels on a side of an image; the student's own, so nothing is resized.
         workers: simulator processes while demonstrations are recorded.
     """
 
     output: Path = Path("quickstart")
-    tasks: tuple[str, ...] = QUICKSTART_TASKS
-    demos: int = 15
-    noise: float = 0.5
-    steps: int = 720
-    evaluations: int = 2
-    episodes: int = 16
-    horizon: int = 200
-    image_size: int = 96
-    probe_demos: int = 3
-    seed: int = 0
+    task: str = "libero_spatial-0"
+    arms: tuple[str, ...] = ("alpha0", "sf")
+    seeds: tuple[int, ...] = (200, 201, 202)
+    demos: int = 20
+    held_out: float = 0.2
+    noise: float = 0.3
+    steps: int = 1000
+    checkpoints: int = 1
+    episodes: int = 12
+    horizon: int = 220
+    image_size: int = 56
     workers: int = os.cpu_count() or 1
 
     def __post_init__(self) -> None:
-        counts = ("demos", "steps", "evaluations", "episodes", "horizon", "image_size", "probe_demos")
-        for name in (*counts, "workers"):
+        for name in ("demos", "steps", "checkpoints", "episodes", "horizon", "image_size", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"quickstart.{name} is {getattr(self, name)}; expected at least 1.")
-        if self.steps % self.evaluations:
+        if self.steps % self.checkpoints:
             raise ConfigError(
-                f"quickstart.steps is {self.steps}, which is not a multiple of evaluations "
-                f"({self.evaluations}); change one of them."
+                f"quickstart.steps is {self.steps}, which is not a multiple of checkpoints "
+                f"({self.checkpoints}); change one of them."
             )
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"quickstart.held_out is {self.held_out}; expected a share between 0 and 1.")
 
     @property
     def demonstrations(self) -> RecordConfig:
-        """What the policies are trained on."""
-        return self._recording(DEMONSTRATIONS, episodes_per_task=self.demos, noise=self.noise)
-
-    @property
-    def scenes(self) -> RecordConfig:
-        """Scenes with depth that no student is trained on."""
-        return self._recording(
-            SCENES, episodes_per_task=self.probe_demos, first_seed=PROBE_FIRST_SEED, depth=True
-        )
-
-    def _recording(self, folder: str, **settings: Any) -> RecordConfig:
+        """What the policies are trained on, and measured on where it is held out."""
         return RecordConfig(
-            root=self.output / folder,
-            tasks=self.tasks,
+            root=self.output / DEMONSTRATIONS,
+            tasks=(self.task,),
+            episodes_per_task=self.demos,
+            noise=self.noise,
+            depth=True,
             image_size=self.image_size,
             workers=self.workers,
-            **settings,
         )
 
     @property
@@ -130,34 +127,37 @@ class QuickstartConfig:
         return CompareConfig(
             dataset=self.output / DEMONSTRATIONS,
             output=self.output,
-            arms=ARMS,
-            seeds=(self.seed,),
+            arms=self.arms,
+            controls=self.arms[:1],
+            seeds=self.seeds,
             preset=PRESET,
-            set=(f"log_every={max(1, min(10, self.steps // 10))}",),
+            set=(*OVERRIDES, f"log_every={max(1, min(10, self.steps // 10))}"),
             steps=self.steps,
-            checkpoints=self.evaluations,
-            tasks=self.tasks,
+            checkpoints=self.checkpoints,
+            tasks=(self.task,),
+            held_out=self.held_out,
             episodes=self.episodes,
-            early_episodes=max(1, self.episodes // 2),
             videos=1,
-            first_episode=EVALUATION_SEEDS[0] + 1_000 * self.seed,  # apart from other seeds' episodes
+            first_episode=EVALUATION_SEEDS[FIRST_STATE],
             horizon=self.horizon,
             image_size=self.image_size,
             teacher=TEACHER,
-            parallel=len(ARMS),  # with one arm a core, the last of three would leave a core idle
         )
+
+
+def long(config: QuickstartConfig) -> QuickstartConfig:
+    """More seeds, and the arm that shows whether the right features matter: about an hour.
+
+    A finished short one is continued: no run of it is repeated.
+    """
+    first = config.seeds[0]
+    return replace(config, arms=(*config.arms, "shuffled"), seeds=tuple(range(first, first + LONG_SEEDS)))
 
 
 def smoke(output: Path) -> QuickstartConfig:
     """Every stage at toy size, for CI: its numbers mean nothing."""
     return QuickstartConfig(
-        output=output,
-        tasks=QUICKSTART_TASKS[:2],
-        demos=2,
-        steps=20,
-        episodes=2,
-        horizon=40,
-        probe_demos=2,
+        output=output, seeds=(200, 201), demos=4, held_out=0.25, noise=0.0, steps=20, episodes=2, horizon=20
     )
 
 
@@ -167,26 +167,26 @@ def run_quickstart(config: QuickstartConfig, console: Console | None = None) -> 
     Interrupted at any moment, the same call resumes; a second call reuses everything.
 
     Raises:
-        SpatialForcingError: no GL library (with the apt line), no disk space, a failed training process,
-            `config.output` holds a quickstart of other settings, ...
+        SpatialForcingError: LIBERO or a GL library is missing (with the command that installs it), no disk
+            space, a failed training process, `config.output` holds a quickstart of other settings, ...
     """
     console = console or Console()
-    check_held_out(config.tasks)
+    ensure_assets()
     check_folder(config.comparison)
     page, result = config.output / PAGE, config.output / RESULT
     before = json.loads(result.read_text()) if page.exists() and result.exists() else None
     console.print(f"rendering with {ensure_gl()}; everything goes to {config.output}", style="dim")
-    with stage("1. demonstrations and probe scenes", console):
-        for recording in (config.demonstrations, config.scenes):
-            dataset = Dataset.open(record(recording))
-            console.print(f"   {recording.root}: {len(dataset.episodes)} episodes, {len(dataset)} frames")
+    started = time.monotonic()
+    with stage("1. demonstrations", console):
+        dataset = Dataset.open(record(config.demonstrations))
+        console.print(f"   {dataset.root}: {len(dataset.episodes)} episodes, {len(dataset)} frames")
         write_json(config.output / SETTINGS, to_plain(config))
     with stage("2. features, training, evaluation", console):
         found = compare(config.comparison, console)
     with stage("3. depth probe and report", console):
         if before != json.loads(result.read_text()):
             _write(config, found)
-    console.print(f"Report: [bold]{page}[/]")
+    console.print(f"Report: [bold]{page}[/] after {(time.monotonic() - started) / 60:.1f} minutes")
     return page
 
 
@@ -214,63 +214,102 @@ def stage(name: str, console: Console) -> Iterator[None]:
 
 def _write(config: QuickstartConfig, found: Comparison) -> Path:
     """Probe the final policies and write the page; takes about half a minute."""
-    runs = {
-        cell.arm.name: Run(cell, train_config(config.comparison, cell)) for cell in cells(config.comparison)
-    }
-    students = {name: load_student(runs[name].policy(config.steps)) for name in (CONTROL, FORCED)}
-    dataset, teacher = Dataset.open(config.scenes.root), load_teacher(TEACHER)
-    forced = runs[FORCED].train
+    runs = [Run(cell, train_config(config.comparison, cell)) for cell in cells(config.comparison)]
+    students = {run.cell.name: load_student(run.policy(config.steps)) for run in runs}
+    dataset, teacher = Dataset.open(config.demonstrations.root), load_teacher(TEACHER)
+    forced = next(run.train for run in runs if run.train.forces)
     untrained = cast(Student, make_student(forced, dataset))
     layer = resolve_pairs(forced.forcing.pairs, len(untrained.blocks), teacher.depth)[0][0]
+    tests = hold_out(dataset, config.held_out)[1]
+    probed = probe_depth(
+        students,
+        dataset,
+        layers=range(len(untrained.blocks) + 1),
+        floors={RANDOM: untrained},
+        teacher=teacher,
+        frames=PROBE_FRAMES,
+        test_episodes=tests,
+    )
+    titles = {run.cell.name: run.cell.arm.title for run in runs}
+    first = {titles[run.cell.name]: run.cell.name for run in runs if run.cell.seed == config.seeds[0]}
+    names = {
+        MEAN_IMAGE: "mean depth image (floor)",
+        RANDOM: f"{RANDOM} (floor)",
+        **{name: title for title, name in first.items()},
+        CEILING: "teacher (ceiling)",
+    }
+    shown = {title: students[name] for title, name in first.items()}
     return write_page(
         config.comparison,
-        found,
+        replace(found, depth=depth_contrasts(probed, runs, layer, config.comparison.control_titles)),
         title="Spatial Forcing quickstart",
-        notes=NOTES,
+        notes=(*NOTES, *_more(config)),
         sections=(
-            _probe(students, untrained, teacher, dataset),
-            _features(students, untrained, teacher, dataset, layer),
+            probe_section(probed, arms=titles, names=names),
+            _features({"before training": untrained, **shown}, teacher, dataset, tests, layer),
         ),
-        commands=(
-            f"spatial-forcing quickstart --output {config.output} --seed {config.seed} "
-            f"--steps {config.steps} --demos {config.demos} --episodes {config.episodes}",
-        ),
+        commands=(f"spatial-forcing quickstart --output {config.output}",),
         settings={"quickstart": to_plain(config)},
     )
 
 
-def _probe(
-    students: Mapping[str, Student], untrained: Student, teacher: Teacher, dataset: Dataset
-) -> Section:
-    layers = range(len(untrained.blocks) + 1)
-    result = probe_depth(students, dataset, layers=layers, floors={RANDOM: untrained}, teacher=teacher)
-    names = {MEAN_IMAGE: "mean depth image", RANDOM: RANDOM, **{n: n for n in students}, CEILING: "teacher"}
-    return probe_section(result, names)
+def _more(config: QuickstartConfig) -> tuple[str, ...]:
+    if len(config.arms) > 2:
+        return ()
+    return (
+        f"`spatial-forcing quickstart --long` goes on from here for about an hour: {LONG_SEEDS} training "
+        "seeds, and an arm that is aligned with the features of other frames.",
+    )
+
+
+def depth_contrasts(
+    probed: ProbeResult, runs: list[Run], layer: int, controls: tuple[str, ...]
+) -> tuple[Contrast, ...]:
+    """Depth error at the aligned layer, mean over cameras: arms against controls, paired by training seed.
+
+    Args:
+        probed: every run's policy under its cell's name.
+        runs: of all arms and seeds.
+        layer: blocks before the tap.
+        controls: titles of the arms that the others are compared with.
+    """
+    rows = {m.name: m.per_episode for m in probed.metrics if m.layer == layer and m.camera == "all"}
+    groups: dict[tuple[str, float], dict[int, Outcomes]] = {}
+    for run in runs:
+        errors = {("held out", number): value for number, value in enumerate(rows[run.cell.name])}
+        groups.setdefault((run.cell.arm.title, run.cell.fraction), {})[run.cell.seed] = errors
+    return corrected_contrasts(groups, on_the_same_data(groups, controls), paired_error, DEPTH)
 
 
 def _features(
-    students: Mapping[str, Student], untrained: Student, teacher: Teacher, dataset: Dataset, layer: int
+    students: Mapping[str, Student], teacher: Teacher, dataset: Dataset, episodes: list[int], layer: int
 ) -> Section:
-    """Tokens of the aligned layer before training, after it without and with forcing, and the teacher's."""
-    cameras = student_cameras(untrained, dataset)
-    of_each_task = {e.task: e.start + e.length // 2 for e in dataset.episodes}
-    frames = Frames.read(dataset, list(of_each_task.values())[:PCA_FRAMES], cameras)
+    """Tokens of the aligned layer of students by name, and the teacher's, in a few frames of the episodes."""
+    cameras = student_cameras(next(iter(students.values())), dataset)
+    held = [dataset.episodes[number] for number in episodes]
+    index = np.concatenate([np.arange(e.start, e.start + e.length) for e in held])
+    chosen = np.unique(np.linspace(0, len(index) - 1, PCA_FRAMES).round().astype(int))
+    frames = Frames.read(dataset, index[chosen].tolist(), cameras)
     features = {
-        f"{name}, after block {layer}": student_features(student, frames, [layer])[layer].flatten(0, 1)
-        for name, student in {"before training": untrained, **students}.items()
+        name: student_features(student, frames, [layer])[layer].flatten(0, 1)
+        for name, student in students.items()
     }
     features["teacher"] = teacher_features(teacher, frames).flatten(0, 1)
+    shown = np.linspace(0, len(frames) - 1, PCA_SHOWN + 2).round().astype(int)[1:-1]
+    rows = [int(i) * len(cameras) + v for i in shown for v in range(len(cameras))]
     images = {
-        f"{frames.tasks[i]} ({camera})": frames.images[camera][i]
-        for i in range(len(frames))
+        f"{camera}, frame {int(frames.index[i])}": frames.images[camera][i]
+        for i in shown
         for camera in cameras
     }
     return Section(
         key="features",
         title="Features",
         text=(
-            "The first three principal components as red, green and blue, fitted over all pictures of a "
-            "column; order and signs follow the last column's, so like structure has like colours.",
+            f"Visual tokens after block {layer}, where they are aligned: their first three principal "
+            f"components as red, green and blue, fitted over {len(frames)} held-out frames of all cameras, "
+            "turned to agree best with the teacher's, and drawn on the teacher's grid. Like things have like "
+            "colours.",
         ),
-        pictures=pca_rows(images, pca_pictures(features, "teacher")),
+        pictures=pca_rows(images, pca_pictures(features, "teacher", rows)),
     )
