@@ -91,7 +91,7 @@ class QuickstartConfig:
     noise: float = 0.3
     steps: int = 1000
     checkpoints: int = 1
-    episodes: int = 12
+    episodes: int = 8
     horizon: int = 220
     image_size: int = 56
     workers: int = os.cpu_count() or 1
