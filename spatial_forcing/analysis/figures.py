@@ -90,6 +90,10 @@ class Figure:
         table = _csv(("group", "x", "y"), ((name, *point) for name, group in groups for point in group))
         return cls(title, scatter_chart(groups, title=title), text, legend, table)
 
+    def _repr_svg_(self) -> str:
+        """How a notebook shows it."""
+        return standalone(self)
+
     @property
     def name(self) -> str:
         """Of its files."""
