@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
@@ -20,12 +21,12 @@ def quickstart(
 
     Args:
         config: settings; the defaults take about ten minutes on two cores.
-        long: eight training seeds and a third arm: about an hour. A short one in the same folder is
-            continued.
+        long: more demonstrations and steps, so that the task is solved, and a third arm: about an hour.
         smoke: run every stage at toy size (only --output is read); its numbers mean nothing.
     """
-    default = QuickstartConfig()
+    default = QuickstartConfig().output
+    if config.output == default and (long or smoke):
+        config = replace(config, output=Path(f"quickstart-{'smoke' if smoke else 'long'}"))
     if smoke:
-        output = config.output if config.output != default.output else Path("quickstart-smoke")
-        config = smoke_config(output)
+        config = smoke_config(config.output)
     run_quickstart(long_config(config) if long else config)

@@ -9,11 +9,11 @@ import numpy as np
 from spatial_forcing.analysis.charts import Interval, Series, thinned
 from spatial_forcing.analysis.figures import Figure
 from spatial_forcing.analysis.report import Card, Cell, Section, TableData
-from spatial_forcing.evaluation.paired import p_text
+from spatial_forcing.evaluation.paired import NOT_SHOWN, p_text
 from spatial_forcing.experiments.arms import ArmSpec
 from spatial_forcing.experiments.audits import AuditRow, whole
 from spatial_forcing.experiments.contrasts import Contrast
-from spatial_forcing.experiments.statistics import Comparison, HeldOut, Row, SuccessRow
+from spatial_forcing.experiments.statistics import Comparison, ErrorRow, HeldOut, Row, SuccessRow
 
 MOST_CARDS = 4
 LESS_DATA = "Arms on less data against the control on the most"
@@ -138,24 +138,50 @@ def training_section(lines: Mapping[str, Sequence[Sequence[Mapping[str, float]]]
 
 
 def _cards(found: Comparison, arms: Mapping[str, ArmSpec]) -> tuple[Card, ...]:
-    """Success of every arm on the most data; none where there are too many to be read."""
-    most = max((row.fraction for row in found.rows), default=1.0)
-    rows = [row for row in found.rows if row.fraction == most]
-    if len(rows) > MOST_CARDS:
+    """Every arm on the most data, by the measure that leads; none where there are too many to be read."""
+    rows: Sequence[Row] = found.held_out.rows if found.held_out and errors_lead(found) else found.rows
+    most = max((row.fraction for row in rows), default=1.0)
+    chosen = [row for row in rows if row.fraction == most]
+    if len(chosen) > MOST_CARDS:
         return ()
-    number = _arm_numbers(found.rows)
+    number = _arm_numbers(rows)
     return tuple(
         Card(
             number[row.arm, row.fraction],
             row.arm,
-            f"{100 * s.mean:.1f} %",
-            f"95 % interval {100 * s.low:.1f} to {100 * s.high:.1f} %, over "
-            + (f"{s.seeds} training seeds" if s.seeds > 1 else f"{found.episodes} episodes"),
+            *_headline(row, found),
             arms[row.arm].description if row.arm in arms else "",
         )
-        for row in rows
-        for s in (row.success,)
+        for row in chosen
     )
+
+
+def errors_lead(found: Comparison) -> bool:
+    """Whether the held-out error says more than success: it alone was measured, or shows a difference."""
+    if found.held_out is None:
+        return False
+    success, errors = (
+        any(one.verdict != NOT_SHOWN for one in family)
+        for family in (found.contrasts, found.held_out.contrasts)
+    )
+    return not found.rows or (errors and not success)
+
+
+def _headline(row: Row, found: Comparison) -> tuple[str, str]:
+    """The large figure of a card, and what it is."""
+    if isinstance(row, SuccessRow):
+        s = row.success
+        over = f"{s.seeds} training seeds" if s.seeds > 1 else f"{found.episodes} episodes"
+        return (
+            f"{100 * s.mean:.1f} %",
+            f"success, 95 % interval {100 * s.low:.1f} to {100 * s.high:.1f} %, over {over}",
+        )
+    assert isinstance(row, ErrorRow)
+    what = "error on held-out demonstrations, standard deviations of the actions"
+    if row.low is None or row.high is None:
+        return f"{row.mean:.3f}", f"{what}; one training seed"
+    interval = f"95 % interval {row.low:.3f} to {row.high:.3f}, over {len(row.per_seed)} training seeds"
+    return f"{row.mean:.3f}", f"{what}; {interval}"
 
 
 def _labels(rows: Sequence[Row | AuditRow]) -> dict[tuple[str, float], str]:
@@ -348,6 +374,27 @@ def _error_figures(found: HeldOut) -> list[Figure]:
     if found.contrasts:
         figures.append(_contrast_figure(found.contrasts, found.rows, title, x_label, "left is better; "))
     subject, y_label = "Held-out error", "standard deviations"
+    label, number = _labels(found.rows), _arm_numbers(found.rows)
+    known = [row for row in found.rows if row.low is not None and row.high is not None]
+    if known:
+        marks = [
+            (
+                label[row.arm, row.fraction],
+                [
+                    Interval(
+                        number[row.arm, row.fraction],
+                        row.mean,
+                        float(row.low or 0.0),
+                        float(row.high or 0.0),
+                        f"{label[row.arm, row.fraction]}: {row}",
+                        tuple(row.per_seed.values()),
+                    )
+                ],
+            )
+            for row in known
+        ]
+        text = "lower is better; 95 % intervals over seeds; small dots: each seed"
+        figures.insert(0, Figure.intervals(marks, f"{subject}, mean over seeds", text, x_label=y_label))
     figures += _curve_figures(found.rows, subject, y_label, percent=False)
     points = [
         (row.arm, row.fraction, row.mean, row.mean if row.low is None else row.low,

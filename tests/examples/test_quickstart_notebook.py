@@ -4,9 +4,7 @@ import ast
 import json
 from pathlib import Path
 
-import pytest
-
-from tests.envs.libero_case import LIBERO
+from tests.envs.libero_case import needs_libero, use_assets
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 SMALL = "DEMOS, NOISE, STEPS, SEED, EPISODES, HORIZON, WORKERS = 4, 0.0, 4, 200, 1, 10, 1"
@@ -26,8 +24,9 @@ def run(source, names):
     return None if last is None else eval(compile(ast.Expression(last.value), str(NOTEBOOK), "eval"), names)
 
 
-@LIBERO
+@needs_libero
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    use_assets(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     names, shown = {"__name__": "notebook"}, []
     for cell in cells():

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,13 @@ import pytest
 from spatial_forcing.analysis.report import ReportData, render
 from spatial_forcing.errors import DataError
 from spatial_forcing.experiments.sections import comparison_section
-from spatial_forcing.experiments.statistics import MEANING, RunRecord, analyse_errors, without_rollouts
+from spatial_forcing.experiments.statistics import (
+    MEANING,
+    RunRecord,
+    analyse,
+    analyse_errors,
+    without_rollouts,
+)
 
 
 def record(arm, seed, level, fraction=1.0):
@@ -84,13 +91,36 @@ def test_tables_and_page_hold_the_same_figures():
 def test_the_page_draws_the_error_over_training_and_over_the_parts_of_the_data():
     one_part = analyse_errors(records({"alpha0": 1.0, "sf": 0.9}), controls=["alpha0"])
     titles = lambda found: [f.title for f in comparison_section(without_rollouts([0], [], found)).figures]  # noqa: E731
-    assert titles(one_part) == ["Held-out error against the controls", "Held-out error over training"]
+    assert titles(one_part) == [
+        "Held-out error, mean over seeds",
+        "Held-out error against the controls",
+        "Held-out error over training",
+    ]
     # one seed on the small part: a mark without an interval
     rows = records({"alpha0": 1.0, "sf": 0.9}) + records({"alpha0": 2.0, "sf": 1.5}, seeds=1, fraction=0.05)
     figures = comparison_section(without_rollouts([0], [], analyse_errors(rows, controls=["alpha0"]))).figures
     assert figures[-1].title == "Held-out error by amount of data"
     assert figures[-1].legend == ((0, "alpha0"), (1, "sf"))
     assert figures[-1].svg.count('class="whisker"') == 4
+
+
+def test_the_cards_show_the_measure_that_leads():
+    errors = analyse_errors(records({"alpha0": 1.0, "sf": 0.9}), controls=["alpha0"])
+    by_error = comparison_section(without_rollouts([0], [], errors)).cards
+    assert [card.value for card in by_error] == [f"{row.mean:.3f}" for row in errors.rows]
+    assert all("5 training seeds" in card.detail for card in by_error)
+
+    def success(arm, won):
+        outcomes = {40: {("a", n): n < won for n in range(20)}}
+        return [RunRecord(arm, 1.0, s, outcomes, seconds=1.0, peak_memory=1) for s in range(5)]
+
+    alike = analyse(success("alpha0", 1) + success("sf", 1), controls=["alpha0"])
+    apart = analyse(success("alpha0", 1) + success("sf", 19), controls=["alpha0"])
+    values = [
+        [card.value for card in comparison_section(replace(found, held_out=errors)).cards]
+        for found in (alike, apart)
+    ]
+    assert values == [[f"{row.mean:.3f}" for row in errors.rows], ["5.0 %", "95.0 %"]]
 
 
 def test_one_seed_is_said_and_nothing_is_refused():

@@ -49,20 +49,11 @@ def test_demonstration_and_evaluation_episodes_are_disjoint():
     assert set(range(config.demonstrations.first_seed, config.demos)) <= set(DEMONSTRATION_SEEDS)
 
 
-def test_the_defaults_can_show_a_difference_of_success():
+def test_the_long_one_can_show_a_difference_of_success():
     """Seeds that all agree are no stronger than Barnard's exact test: 2 x 4^-S, times the differences."""
-    config = QuickstartConfig()
-    assert 2 * 4.0 ** -len(config.seeds) * (len(config.arms) - 1) < 0.05
-    longer = long(config)
+    longer = long(QuickstartConfig())
     assert 2 * 4.0 ** -len(longer.seeds) * (len(longer.arms) - 1) < 0.05
-
-
-def test_the_long_one_goes_on_from_the_short_one(tmp_path):
-    short, longer = (c.comparison for c in (QuickstartConfig(tmp_path), long(QuickstartConfig(tmp_path))))
-    runs = [{cell.name for cell in cells(config)} for config in (short, longer)]
-    assert runs[0] < runs[1]
-    changed = {name for name, value in to_plain(short).items() if to_plain(longer)[name] != value}
-    assert changed == {"arms", "seeds"}
+    assert longer.episodes >= 20
 
 
 def test_arms_differ_only_in_what_they_are_named_for(tmp_path):
