@@ -206,14 +206,15 @@ class _Axis:
         return cls(low, high + pad, start, stop, False)
 
     def at(self, value: float) -> float:
-        position = math.log10(max(value, 1e-12)) if self.log else value
+        position = math.log10(value) if self.log else value
         return self.start + (position - self.low) / (self.high - self.low) * (self.stop - self.start)
 
     def ticks(self) -> list[float]:
         if self.log:
             powers = range(math.floor(self.low), math.ceil(self.high) + 1)
-            values = [m * 10.0**p for p in powers for m in (1, 2, 5)]
-            return [v for v in values if self.low <= math.log10(v) <= self.high]
+            every = max(1, len(powers) // 8)  # of many decades some
+            values = [m * 10.0**p for p in powers[::every] for m in ((1, 2, 5) if every == 1 else (1,))]
+            return [v for v in values if v > 0 and self.low <= math.log10(v) <= self.high]
         rough = (self.high - self.low) / 4
         magnitude = 10.0 ** math.floor(math.log10(rough))
         step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough)

@@ -272,9 +272,9 @@ def _more(config: QuickstartConfig) -> tuple[str, ...]:
     if len(config.arms) > 2:
         return ()
     return (
-        "In ten minutes these policies hardly solve the task, with or without alignment. `spatial-forcing "
-        "quickstart --long` trains until they do, on more demonstrations, with five seeds and an arm that is "
-        "aligned with the features of other frames: about an hour.",
+        "In ten minutes these policies hardly solve the task, with or without alignment. With --long, about "
+        "an hour, the quickstart trains until they do: more demonstrations, five seeds, and an arm that is "
+        "aligned with the features of other frames.",
     )
 
 

@@ -43,6 +43,14 @@ def test_every_line_stays_inside_its_frame(values, spread):
     assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
 
 
+def test_values_over_many_decades_stay_inside_with_a_few_ticks():
+    values = [1e-230, 1e-45, 1.0]
+    svg = line_chart([Series("a", 0, [0, 1, 2], values)], title="t", x_label="s", y_label="y")
+    (_, lowest), *_, (_, highest) = coordinates(re.search(r'class="line" d="([^"]*)"', svg)[1])
+    assert 0 <= highest < lowest <= HEIGHT
+    assert svg.count('class="grid"') <= 12
+
+
 def test_larger_values_are_drawn_higher_and_later_ones_further_right():
     svg = line_chart(
         [Series("a", 0, [0, 100], [0.2, 0.9])], title="t", x_label="s", y_label="y", percent=True
