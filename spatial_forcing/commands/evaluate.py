@@ -16,7 +16,7 @@ from spatial_forcing.envs.base import EVALUATION_SEEDS, expand_tasks, suite_name
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.evaluation import evaluate as roll_out
 from spatial_forcing.students import load_student, statistics_names
-from spatial_forcing.training.presets import QUICKSTART_TASKS
+from spatial_forcing.training.presets import METAWORLD_TASKS
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class EvaluateOptions:
 
     policy: Path
     output: Path
-    tasks: tuple[str, ...] = QUICKSTART_TASKS
+    tasks: tuple[str, ...] = METAWORLD_TASKS
     episodes: int = 20
     seed: int = EVALUATION_SEEDS[0]
     workers: int = os.cpu_count() or 1

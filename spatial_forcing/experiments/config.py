@@ -16,7 +16,7 @@ from spatial_forcing.errors import ConfigError
 from spatial_forcing.experiments.arms import ArmSpec, parse_arm, parse_overrides
 from spatial_forcing.teachers.cards import RANDOM
 from spatial_forcing.teachers.controls import SHUFFLED
-from spatial_forcing.training import QUICKSTART_TASKS, TrainConfig, preset
+from spatial_forcing.training import METAWORLD_TASKS, TrainConfig, preset
 from spatial_forcing.training.fields import from_plain, to_plain
 
 RUNS = "runs"
@@ -73,7 +73,7 @@ class CompareConfig:
     set: tuple[str, ...] = ()
     steps: int | None = None
     checkpoints: int = 4
-    tasks: tuple[str, ...] = QUICKSTART_TASKS
+    tasks: tuple[str, ...] = METAWORLD_TASKS
     held_out: float = 0.0
     episodes: int = 20
     early_episodes: int | None = None

@@ -7,12 +7,12 @@ from spatial_forcing.training.loop import Trainer, train
 from spatial_forcing.training.metrics import DivergedError, read_metrics
 from spatial_forcing.training.optim import OptimConfig, lr_factor
 from spatial_forcing.training.parts import Batches, Parts, build_parts
-from spatial_forcing.training.presets import PRESETS, QUICKSTART_TASKS, preset
+from spatial_forcing.training.presets import METAWORLD_TASKS, PRESETS, preset
 from spatial_forcing.training.run import RunResult
 
 __all__ = [
+    "METAWORLD_TASKS",
     "PRESETS",
-    "QUICKSTART_TASKS",
     "Batches",
     "Checkpoint",
     "DivergedError",

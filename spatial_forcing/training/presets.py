@@ -23,13 +23,13 @@ from spatial_forcing.training.optim import OptimConfig
 PRESETS: Registry[Callable[[Path, Path], TrainConfig]] = Registry("preset")
 """Functions of (dataset, output) by name."""
 
-QUICKSTART_TASKS = (
+METAWORLD_TASKS = (
     "button-press-topdown-v3",
     "door-unlock-v3",
     "plate-slide-v3",
     "reach-v3",
 )
-"""Meta-World tasks of the quickstart; none may be in the teacher's pretraining set."""
+"""The Meta-World tasks that commands default to; none is in the teacher's pretraining set."""
 
 
 def preset(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from spatial_forcing.envs import make_env
 from spatial_forcing.envs.base import EVALUATION_SEEDS
 from spatial_forcing.envs.libero_conventions import NO_OP
+from spatial_forcing.envs.simulated import FILM_SIZE
 from spatial_forcing.errors import ConfigError, DataError
-from spatial_forcing.protocols import Env
+from spatial_forcing.protocols import Env, FilmedEnv
 from tests.envs.libero_case import needs_libero, use_assets
 
 pytestmark = needs_libero
@@ -102,6 +104,21 @@ def test_official_starts_throw_nothing_about(env):
         on_table = {name: z for name, z in heights.items() if name.startswith(("akita", "plate", "glazed"))}
         assert len(on_table) == 4
         assert 0.88 < min(on_table.values()) <= max(on_table.values()) < 0.92
+
+
+def test_a_film_is_sharper_than_the_observation_and_shows_the_same(env):
+    """Small views are drawn again at 160 pixels, in the same orientation; an observation stays as it is."""
+    assert isinstance(env, FilmedEnv)
+    observation, _ = env.reset(options={"init_state": 0})
+    before = {camera: np.array(image) for camera, image in observation["images"].items()}
+    film = env.film()
+    assert {camera: picture.shape for camera, picture in film.items()} == dict.fromkeys(
+        env.cameras, (FILM_SIZE, FILM_SIZE, 3)
+    )
+    for camera, seen in before.items():
+        np.testing.assert_array_equal(observation["images"][camera], seen)
+        small = np.asarray(Image.fromarray(film[camera]).resize((64, 64), Image.Resampling.BOX), float)
+        assert np.corrcoef(small.ravel(), seen.ravel())[0, 1] > 0.9, camera
 
 
 def test_nothing_is_rendered_until_it_is_read(setup, monkeypatch):

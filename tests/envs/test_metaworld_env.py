@@ -14,7 +14,7 @@ from spatial_forcing.envs.metaworld import CORNER2_POSITION, MetaWorldEnv
 from spatial_forcing.envs.metaworld_tasks import INSTRUCTIONS, OBJECT_FAMILIES, object_family
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
 from spatial_forcing.protocols import Env
-from spatial_forcing.training import QUICKSTART_TASKS
+from spatial_forcing.training import METAWORLD_TASKS
 
 pytest.importorskip("metaworld")
 
@@ -136,7 +136,7 @@ def goal_visible(env, camera):
     return bool(depth[int(y), int(x)] > distance - GOAL_MARGIN)
 
 
-@pytest.mark.parametrize("task", QUICKSTART_TASKS)
+@pytest.mark.parametrize("task", METAWORLD_TASKS)
 def test_goals_are_visible_over_the_corner(task):
     env = make_env(task, image_size=64)
     seen = []

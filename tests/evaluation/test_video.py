@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from spatial_forcing.errors import DataError
-from spatial_forcing.evaluation.video import side_by_side, write_video
+from spatial_forcing.evaluation.video import last_frame, side_by_side, write_video
 
 
 def moving_bar(count=12, height=33, width=50):
@@ -48,3 +48,13 @@ def test_cameras_stand_side_by_side():
     assert picture.shape == (4, 8, 3)
     assert (picture[:2, 6:] == 7).all()
     assert (picture[2:, 6:] == 0).all()
+
+
+def test_the_last_picture_is_how_it_ended(tmp_path):
+    frames = moving_bar()
+    picture = last_frame(write_video(frames, tmp_path / "clip.mp4", fps=10))
+    assert picture.shape == (32, 50, 3)
+    assert int(picture[..., 0].mean(0).argmax()) in range(33, 39)  # the bar's last place
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(DataError, match=r"broken\.mp4"):
+        last_frame(tmp_path / "broken.mp4")

@@ -14,7 +14,7 @@ from spatial_forcing.nano_teacher.tasks import (
     object_meshes,
     scene_file,
 )
-from spatial_forcing.training.presets import QUICKSTART_TASKS
+from spatial_forcing.training.presets import METAWORLD_TASKS
 
 SEEN = (*TRAIN_TASKS, *VALIDATION_TASKS)
 
@@ -45,7 +45,7 @@ def test_no_scene_file_and_no_family_is_in_two_splits():
 
 
 def test_quickstart_tasks_are_held_out():
-    check_held_out(QUICKSTART_TASKS)
+    check_held_out(METAWORLD_TASKS)
 
 
 def test_the_config_renders_only_its_split():
