@@ -71,6 +71,7 @@ class QuickstartConfig:
         demos: demonstrations of the scripted expert, with depth.
         held_out: share of them that no policy is trained on.
         noise: disturbance of the demonstrations (`RecordConfig.noise`).
+        alpha: weight of the alignment loss, of arms that have one.
         batch_size: samples of a step.
         steps: optimizer steps of each run.
         checkpoints: evaluations over training, evenly spaced, the last step included.
@@ -83,12 +84,13 @@ class QuickstartConfig:
     output: Path = Path("quickstart")
     task: str = "libero_spatial-0"
     arms: tuple[str, ...] = ("alpha0", "sf")
-    seeds: tuple[int, ...] = (200, 201, 202, 203)
+    seeds: tuple[int, ...] = (200, 201, 202)
     demos: int = 20
     held_out: float = 0.2
     noise: float = 0.3
+    alpha: float = 1.0
     batch_size: int = 8
-    steps: int = 700
+    steps: int = 1000
     checkpoints: int = 1
     episodes: int = 2
     horizon: int = 220
@@ -139,7 +141,11 @@ class QuickstartConfig:
             controls=self.arms[:1],
             seeds=self.seeds,
             preset=PRESET,
-            set=(f"batch_size={self.batch_size}", f"log_every={max(1, min(10, self.steps // 10))}"),
+            set=(
+                f"forcing.alpha={self.alpha}",
+                f"batch_size={self.batch_size}",
+                f"log_every={max(1, min(10, self.steps // 10))}",
+            ),
             steps=self.steps,
             checkpoints=self.checkpoints,
             tasks=(self.task,),
@@ -162,6 +168,7 @@ def long(config: QuickstartConfig) -> QuickstartConfig:
         seeds=tuple(range(first, first + 5)),
         demos=32,
         held_out=0.25,
+        alpha=0.5,
         batch_size=16,
         steps=800,
         episodes=20,
