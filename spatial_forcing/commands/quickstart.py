@@ -20,7 +20,7 @@ def quickstart(
     Where LIBERO's assets are not found, plain ones are made in the user's cache folder.
 
     Args:
-        config: settings; the defaults take about ten minutes on two cores.
+        config: settings; the defaults take about eleven minutes on two cores.
         long: more demonstrations and steps, so that the task is solved, and a third arm: about an hour.
         smoke: run every stage at toy size (only --output is read); its numbers mean nothing.
     """

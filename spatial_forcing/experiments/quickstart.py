@@ -61,7 +61,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """What the quickstart does; the defaults take about ten minutes on two idle cores.
+    """What the quickstart does; the defaults take about eleven minutes on two idle cores.
 
     Attributes:
         output: folder of everything that is made; run again with it to resume or to reuse.
@@ -279,7 +279,7 @@ def _more(config: QuickstartConfig) -> tuple[str, ...]:
     if len(config.arms) > 2:
         return ()
     return (
-        "In ten minutes these policies hardly solve the task, with or without alignment. With --long, about "
+        "In so few steps these policies hardly solve the task, with or without alignment. With --long, about "
         "an hour, the quickstart trains until they do: more demonstrations, five seeds, and an arm that is "
         "aligned with the features of other frames.",
     )
