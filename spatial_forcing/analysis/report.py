@@ -10,6 +10,7 @@ import base64
 import json
 import mimetypes
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -210,12 +211,12 @@ def pca_rows(
 
 
 def _files(figure: Figure) -> dict[str, tuple[str, str]]:
-    """What a figure can be saved as: (file name, data URI) by kind."""
-    made = {
-        "SVG": ("svg", "image/svg+xml", standalone(figure).encode()),
-        "PDF": ("pdf", "application/pdf", pdf(figure)),
-        "CSV": ("csv", "text/csv", figure.csv.encode()),
-    }
+    """What a figure can be saved as: (file name, data URI) by kind; without svglib not as PDF."""
+    made = {"SVG": ("svg", "image/svg+xml", standalone(figure).encode())}
+    # A page comes at the end of long work: what one link needs must not cost the page.
+    with suppress(EnvironmentSetupError):
+        made["PDF"] = ("pdf", "application/pdf", pdf(figure))
+    made["CSV"] = ("csv", "text/csv", figure.csv.encode())
     return {
         kind: (f"{figure.name}.{suffix}", _data_uri(data, mime))
         for kind, (suffix, mime, data) in made.items()

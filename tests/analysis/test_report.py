@@ -1,6 +1,7 @@
 import base64
 import json
 import re
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import asdict, replace
 
@@ -72,6 +73,14 @@ def test_every_figure_can_be_saved_as_vectors_and_numbers(page):
     row = next(line for line in csv.splitlines() if line.startswith("SF,")).split(",")
     spread = compared().rows[1].success
     assert [float(v) for v in row[1:]] == pytest.approx([spread.mean, spread.low, spread.high], rel=1e-5)
+
+
+def test_without_svglib_the_page_is_made_all_the_same(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "svglib.svglib", None)
+    html = render(data)
+    kinds = [name.rpartition(".")[2] for name in re.findall(r'<a download="([^"]*)"', html)]
+    assert sorted(set(kinds)) == ["csv", "svg"]
+    assert len(kinds) == 2 * CHARTS
 
 
 def test_every_picture_has_an_alternative_text(page):
