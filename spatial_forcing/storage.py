@@ -1,13 +1,15 @@
-"""Files that are never half there, disk estimates, locks, and the one progress bar of long file work."""
+"""Files that are never half there, CSV text, disk estimates, locks."""
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,15 @@ def writable(folder: Path) -> bool:
     """Whether files can be made in `folder`, or in the nearest parent that exists."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def csv_text(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:

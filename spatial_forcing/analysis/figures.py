@@ -6,7 +6,6 @@ is written into it, its legend is part of it, and its background is white.
 
 from __future__ import annotations
 
-import csv
 import io
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from spatial_forcing.analysis.charts import (
     swatch,
 )
 from spatial_forcing.errors import EnvironmentSetupError
+from spatial_forcing.storage import csv_text
 
 Legend = tuple[tuple[int, str], ...]
 """(arm number, label) of lines or marks."""
@@ -102,11 +102,7 @@ class Figure:
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-    return text.getvalue()
+    return csv_text(header, ([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows))
 
 
 def standalone(figure: Figure, font: str = FONT) -> str:

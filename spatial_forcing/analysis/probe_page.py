@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from spatial_forcing.analysis.charts import Series
 from spatial_forcing.analysis.figures import Figure
@@ -20,6 +17,8 @@ from spatial_forcing.analysis.pictures import depth_picture
 from spatial_forcing.analysis.probe import DepthPanel, ProbeMetrics, ProbeResult
 from spatial_forcing.analysis.report import Cell, Media, PictureRow, ReportData, Section, TableData
 from spatial_forcing.errors import DataError
+from spatial_forcing.evaluation.paired import mean_reach
+from spatial_forcing.storage import csv_text
 
 CURVES = (("abs_rel", "AbsRel", False), ("rmse", "RMSE, m", False), ("delta", "delta < 1.25", True))
 KINDS = {"floor": " (floor)", "ceiling": " (ceiling)"}
@@ -58,7 +57,7 @@ def _mean(name: str, rows: Sequence[ProbeMetrics]) -> ProbeMetrics:
 
 def _reach(m: ProbeMetrics) -> float:
     """Half of the 95 % interval of AbsRel, over training seeds or, of one seed, held-out episodes."""
-    return m.abs_rel_error * (1.96 if m.seeds == 1 else float(stats.t.ppf(0.975, m.seeds - 1)))
+    return 1.96 * m.abs_rel_error if m.seeds == 1 else mean_reach(m.abs_rel_error * m.seeds**0.5, m.seeds)
 
 
 def _curves(metrics: Sequence[ProbeMetrics]) -> tuple[Figure, ...]:
@@ -219,9 +218,5 @@ def read_probe(folder: Path) -> tuple[Section, ...]:
 
 def metrics_csv(metrics: Sequence[ProbeMetrics]) -> str:
     """One line for each readout and camera."""
-    text = io.StringIO()
     names = [f.name for f in fields(ProbeMetrics) if f.name != "per_episode"]
-    writer = csv.DictWriter(text, names, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(asdict(m) for m in metrics)
-    return text.getvalue()
+    return csv_text(names, ([getattr(m, name) for name in names] for m in metrics))

@@ -21,7 +21,7 @@ def quickstart(
 
     Args:
         config: settings; the defaults take about eleven minutes on two cores.
-        long: more demonstrations and steps, so that the task is solved, and a third arm: about an hour.
+        long: more demonstrations, steps and seeds, and a third arm: an estimated hour.
         smoke: run every stage at toy size (only --output is read); its numbers mean nothing.
     """
     default = QuickstartConfig().output

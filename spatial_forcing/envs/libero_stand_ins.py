@@ -336,9 +336,8 @@ def make_stand_ins(folder: Path | None = None) -> Path:
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-        made = (
-            Path(beside) / folder.name
-        )  # with the rights that new folders have; the temporary one is private
+        # A folder of its own has the rights that new folders have; the temporary one is private.
+        made = Path(beside) / folder.name
         made.mkdir()
         _write(made)
         try:

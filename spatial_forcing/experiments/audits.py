@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from spatial_forcing.analysis.representation import audit_curves
+from spatial_forcing.storage import csv_text
 
 ALL = "all"
 """The place that stands for everything which both losses reach."""
@@ -101,11 +100,8 @@ def whole(rows: Sequence[AuditRow]) -> list[AuditRow]:
 
 def audit_csv(rows: Sequence[AuditRow]) -> str:
     """A line for each arm and place."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["arm", "fraction", "place", "seeds", "cosine", "ratio"])
-    writer.writerows([r.arm, r.fraction, r.place, r.seeds, r.cosine, r.ratio] for r in rows)
-    return text.getvalue()
+    lines = ((r.arm, r.fraction, r.place, r.seeds, r.cosine, r.ratio) for r in rows)
+    return csv_text(("arm", "fraction", "place", "seeds", "cosine", "ratio"), lines)
 
 
 def audit_table(rows: Sequence[AuditRow]) -> list[Table]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from enum import StrEnum
+from typing import Any, NamedTuple, Self, TypeVar
 
 from rich.table import Table
 
@@ -15,8 +16,8 @@ MANY = 3
 """More differences than this that are not shown are said in one sentence for each control."""
 
 
-class Measure(NamedTuple):
-    """What a difference is of, in the words of its sentence.
+class Measure(StrEnum):
+    """What a difference is of; results hold its value, sentences its words.
 
     Attributes:
         subject: what was measured.
@@ -30,15 +31,25 @@ class Measure(NamedTuple):
     joint: str
     verdict: str
 
+    def __new__(cls, value: str, subject: str, unit: str, joint: str, verdict: str) -> Self:
+        """A member by its value, with its words."""
+        made = str.__new__(cls, value)
+        made._value_ = value
+        made.subject, made.unit, made.joint, made.verdict = subject, unit, joint, verdict
+        return made
 
-SUCCESS = Measure("Success", " points", "minus", "{arm} is {verdict} than {control}")
-ERROR = Measure("Held-out error", "", "against", "{arm} predicts {verdict} than {control}")
-DEPTH = Measure(
-    "Error of depth that a linear probe reads from the frozen tokens",
-    "",
-    "against",
-    "depth is read {verdict} from the tokens of {arm} than of {control}",
-)
+    SUCCESS = "success", "Success", " points", "minus", "{arm} is {verdict} than {control}"
+    ERROR = "held-out error", "Held-out error", "", "against", "{arm} predicts {verdict} than {control}"
+    DEPTH = (
+        "depth error",
+        "Error of depth that a linear probe reads from the frozen tokens",
+        "",
+        "against",
+        "depth is read {verdict} from the tokens of {arm} than of {control}",
+    )
+
+
+SUCCESS, ERROR, DEPTH = Measure
 
 Run = TypeVar("Run")
 Groups = Mapping[tuple[str, float], Mapping[int, Run]]

@@ -160,7 +160,7 @@ class QuickstartConfig:
 
 
 def long(config: QuickstartConfig) -> QuickstartConfig:
-    """Until the task is solved, with the arm that shows whether the right features matter: about an hour."""
+    """More training, and the arm that shows whether the right features matter: an estimated hour."""
     first = config.seeds[0]
     return replace(
         config,
@@ -252,23 +252,22 @@ def _write(config: QuickstartConfig, found: Comparison) -> Path:
             frames=PROBE_FRAMES,
             test_episodes=tests,
         )
-    titles = {run.cell.name: run.cell.arm.title for run in runs}
-    first = {titles[run.cell.name]: run.cell.name for run in runs if run.cell.seed == config.seeds[0]}
+    first = {run.cell.name: run.cell.arm.title for run in runs if run.cell.seed == config.seeds[0]}
     names = {
         MEAN_IMAGE: "mean depth image (floor)",
         RANDOM: f"{RANDOM} (floor)",
-        **{name: title for title, name in first.items()},
+        **first,
         CEILING: "teacher (ceiling)",
     }
-    shown = {title: students[name] for title, name in first.items()}
+    shown = {"before training": untrained, **{title: students[name] for name, title in first.items()}}
     return write_page(
         config.comparison,
         replace(found, depth=depth_contrasts(probed, runs, layer, config.comparison.control_titles)),
         title="Spatial Forcing quickstart",
         notes=(*NOTES, *_more(config)),
         sections=(
-            probe_section(probed, arms=titles, names=names),
-            _features({"before training": untrained, **shown}, teacher, dataset, tests, layer),
+            probe_section(probed, arms={run.cell.name: run.cell.arm.title for run in runs}, names=names),
+            _features(shown, teacher, dataset, tests, layer),
         ),
         commands=(f"spatial-forcing quickstart --output {config.output}",),
         settings={"quickstart": to_plain(config)},
@@ -279,9 +278,9 @@ def _more(config: QuickstartConfig) -> tuple[str, ...]:
     if len(config.arms) > 2:
         return ()
     return (
-        "In so few steps these policies hardly solve the task, with or without alignment. With --long, about "
-        "an hour, the quickstart trains until they do: more demonstrations, five seeds, and an arm that is "
-        "aligned with the features of other frames.",
+        "In so few steps these policies hardly solve the task, with or without alignment. With --long, an "
+        "estimated hour, the quickstart trains longer on more demonstrations, with five seeds and an arm "
+        "that is aligned with the features of other frames.",
     )
 
 

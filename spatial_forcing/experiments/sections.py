@@ -139,7 +139,7 @@ def training_section(lines: Mapping[str, Sequence[Sequence[Mapping[str, float]]]
 
 def _cards(found: Comparison, arms: Mapping[str, ArmSpec]) -> tuple[Card, ...]:
     """Every arm on the most data, by the measure that leads; none where there are too many to be read."""
-    rows: Sequence[Row] = found.held_out.rows if found.held_out and errors_lead(found) else found.rows
+    rows: Sequence[Row] = found.held_out.rows if found.held_out and _errors_lead(found) else found.rows
     most = max((row.fraction for row in rows), default=1.0)
     chosen = [row for row in rows if row.fraction == most]
     if len(chosen) > MOST_CARDS:
@@ -156,7 +156,7 @@ def _cards(found: Comparison, arms: Mapping[str, ArmSpec]) -> tuple[Card, ...]:
     )
 
 
-def errors_lead(found: Comparison) -> bool:
+def _errors_lead(found: Comparison) -> bool:
     """Whether the held-out error says more than success: it alone was measured, or shows a difference."""
     if found.held_out is None:
         return False
@@ -202,33 +202,34 @@ def _arm_numbers(rows: Sequence[Row]) -> dict[tuple[str, float], int]:
 
 
 def _success_figure(rows: Sequence[SuccessRow], label: Labels) -> Figure:
-    number = _arm_numbers(rows)
-    marks = [
-        (
-            label[row.arm, row.fraction],
-            [
-                Interval(
-                    number[row.arm, row.fraction],
-                    row.success.mean,
-                    row.success.low,
-                    row.success.high,
-                    f"{label[row.arm, row.fraction]}: {100 * row.success.mean:.1f} %"
-                    + (
-                        f", standard deviation over {row.success.seeds} seeds {100 * row.success.sd:.1f} "
-                        "points"
-                        if row.success.seeds > 1
-                        else ""
-                    ),
-                    tuple(row.per_seed.values()) if row.success.seeds > 1 else (),
-                )
-            ],
-        )
-        for row in rows
-    ]
-    title = "Success, mean over training seeds"
     many = rows[0].success.seeds > 1
+    spans = [
+        (s.mean, s.low, s.high, f"{100 * s.mean:.1f} %" + (
+            f", standard deviation over {s.seeds} seeds {100 * s.sd:.1f} points" if s.seeds > 1 else ""))
+        for s in (row.success for row in rows)
+    ]  # fmt: skip
     over = "seeds; small dots: each seed" if many else "the episodes of one seed"
-    return Figure.intervals(marks, title, f"95 % intervals over {over}", x_label="success", percent=True)
+    title, text = "Success, mean over training seeds", f"95 % intervals over {over}"
+    marks = _marks(rows, label, _arm_numbers(rows), spans)
+    return Figure.intervals(marks, title, text, x_label="success", percent=True)
+
+
+Span = tuple[float, float, float, str]
+"""Mean of an arm, its interval, and both in words."""
+
+
+def _marks(
+    rows: Sequence[Row], label: Labels, number: Mapping[tuple[str, float], int], spans: Sequence[Span]
+) -> list[tuple[str, list[Interval]]]:
+    """A row of an interval chart for every arm, its training seeds as dots where there are several."""
+    made = []
+    for row, (mean, low, high, words) in zip(rows, spans, strict=True):
+        key = (row.arm, row.fraction)
+        seeds = tuple(row.per_seed.values())
+        text = f"{label[key]}: {words}"
+        mark = Interval(number[key], mean, low, high, text, seeds if len(seeds) > 1 else ())
+        made.append((label[key], [mark]))
+    return made
 
 
 def _contrast_figure(
@@ -374,25 +375,11 @@ def _error_figures(found: HeldOut) -> list[Figure]:
     if found.contrasts:
         figures.append(_contrast_figure(found.contrasts, found.rows, title, x_label, "left is better; "))
     subject, y_label = "Held-out error", "standard deviations"
-    label, number = _labels(found.rows), _arm_numbers(found.rows)
-    known = [row for row in found.rows if row.low is not None and row.high is not None]
+    known = [(row, row.low, row.high) for row in found.rows if row.low is not None and row.high is not None]
     if known:
-        marks = [
-            (
-                label[row.arm, row.fraction],
-                [
-                    Interval(
-                        number[row.arm, row.fraction],
-                        row.mean,
-                        float(row.low or 0.0),
-                        float(row.high or 0.0),
-                        f"{label[row.arm, row.fraction]}: {row}",
-                        tuple(row.per_seed.values()),
-                    )
-                ],
-            )
-            for row in known
-        ]
+        spans = [(row.mean, low, high, str(row)) for row, low, high in known]
+        shown = [row for row, *_ in known]
+        marks = _marks(shown, _labels(found.rows), _arm_numbers(found.rows), spans)
         text = "lower is better; 95 % intervals over seeds; small dots: each seed"
         figures.insert(0, Figure.intervals(marks, f"{subject}, mean over seeds", text, x_label=y_label))
     figures += _curve_figures(found.rows, subject, y_label, percent=False)

@@ -5,8 +5,6 @@ Two measures are treated alike: success in closed loop, and the error on demonst
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,6 +44,7 @@ from spatial_forcing.experiments.contrasts import (
     unclear_in_words,
     worth_of_sight,
 )
+from spatial_forcing.storage import csv_text
 
 EFFECT = 0.05
 """The difference that the sample-size note plans for: five points."""
@@ -260,13 +259,13 @@ def _csv(
     lines: Iterable[tuple[Row, list[Any]]],
     contrasts: Sequence[Contrast],
 ) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["arm", "fraction", "seeds", *header, *contrast_columns(difference)])
-    for row, figures in lines:
-        own = [row.arm, row.fraction, len(row.per_seed), *figures]
-        writer.writerows(csv_lines(own, row.arm, row.fraction, contrasts))
-    return text.getvalue()
+    made = (
+        line
+        for row, figures in lines
+        for own in [[row.arm, row.fraction, len(row.per_seed), *figures]]
+        for line in csv_lines(own, row.arm, row.fraction, contrasts)
+    )
+    return csv_text(["arm", "fraction", "seeds", *header, *contrast_columns(difference)], made)
 
 
 def _table(title: str, caption: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
