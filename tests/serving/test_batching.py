@@ -80,7 +80,8 @@ def test_clients_in_lock_step_share_their_batches(patient, monkeypatch, seconds)
 
 
 def test_a_full_batch_waits_for_nobody(patient):
-    batches = run(lambda ask: in_lock_step(ask, "abcd", 6), max_batch=2)
+    # The call takes longer than the clients are apart, so that some wait while it runs.
+    batches = run(lambda ask: in_lock_step(ask, "abcd", 6), max_batch=2, seconds=0.03)
     assert max(map(len, batches)) == 2
     assert sum(map(len, batches)) == 24
 
