@@ -48,10 +48,11 @@ class AnalyseOptions:
 
 def analyse(options: tyro.conf.OmitArgPrefixes[AnalyseOptions]) -> None:
     """Why a run turned out as it did: gradient audit, rank and collapse, CKA over layers, t-SNE and PCA."""
-    config = TrainConfig.from_plain(
+    config = TrainConfig.from_file(
         read_config(
             options.run / "config.json", "give the folder of a training run (of a comparison: runs/ARM-seedN)"
-        )
+        ),
+        options.run,
     )
     checkpoint, _ = latest_checkpoint(options.run / CHECKPOINTS)
     if checkpoint is None:

@@ -37,7 +37,9 @@ def compare(prog: str, arguments: Sequence[str]) -> None:
     plain = {} if chosen.config is None else read_config(chosen.config, "give a compare.json")
     # What the file leaves out must be on the command line.
     open_ones = {name: tyro.MISSING for name in ("dataset", "output") if name not in plain}
-    default = replace(CompareConfig.from_plain(dict.fromkeys(open_ones, ".") | plain), **open_ones)
+    given = dict.fromkeys(open_ones, "open") | plain
+    folder = Path() if chosen.config is None else chosen.config.parent
+    default = replace(CompareConfig.from_file(given, folder), **open_ones)
     listed = "\n".join(f"  {name}: {arm.description}" for name, arm in ARMS.items())
     config = tyro.cli(
         CompareConfig,

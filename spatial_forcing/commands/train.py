@@ -65,7 +65,7 @@ def starting_point(chosen: argparse.Namespace) -> TrainConfig:
         return PRESETS[chosen.preset or DEFAULT_PRESET](tyro.MISSING, tyro.MISSING)
     if chosen.preset is not None:
         raise ConfigError("--preset and --config exclude each other; give one starting point.")
-    return TrainConfig.from_plain(read_config(chosen.config))
+    return TrainConfig.from_file(read_config(chosen.config), chosen.config.parent)
 
 
 def read_config(path: Path, give: str = "give a run's config.json") -> dict[str, Any]:

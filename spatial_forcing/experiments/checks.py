@@ -13,7 +13,7 @@ from spatial_forcing.evaluation.workers import MakeEnv
 from spatial_forcing.experiments.config import RUNS, CompareConfig
 from spatial_forcing.students import NanoConfig
 from spatial_forcing.training import TrainConfig
-from spatial_forcing.training.fields import differences
+from spatial_forcing.training.fields import differences, located
 
 CONFIG, EPISODES = "compare.json", "episodes.jsonl"
 GROWING = frozenset(
@@ -33,10 +33,10 @@ def check_folder(config: CompareConfig) -> None:
     if not path.exists():
         return
     # Parsed, so that settings which are newer than the folder have their default there.
-    there = CompareConfig.from_plain(json.loads(path.read_text()))
+    there = CompareConfig.from_file(json.loads(path.read_text()), config.output)
     evaluated = any((config.output / RUNS).glob(f"*/{EPISODES}"))
     free = GROWING if evaluated else GROWING | ROLLOUTS
-    compared = differences(there.to_plain(), config.to_plain())
+    compared = differences(located(there).to_plain(), located(config).to_plain())
     changed = {name: values for name, values in compared.items() if name not in free}
     if changed:
         listed = "; ".join(f"{n}: {old!r} there, {new!r} asked for" for n, (old, new) in changed.items())

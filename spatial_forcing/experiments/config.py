@@ -17,7 +17,7 @@ from spatial_forcing.experiments.arms import ArmSpec, parse_arm, parse_overrides
 from spatial_forcing.teachers.cards import RANDOM
 from spatial_forcing.teachers.controls import SHUFFLED
 from spatial_forcing.training import METAWORLD_TASKS, TrainConfig, preset
-from spatial_forcing.training.fields import from_plain, to_plain
+from spatial_forcing.training.fields import from_file, from_plain, to_file, to_plain
 
 RUNS = "runs"
 """Folder of the training runs in that of the comparison."""
@@ -148,14 +148,23 @@ class CompareConfig:
         return self.episodes if step == last else early
 
     def to_plain(self) -> dict[str, Any]:
-        """What compare.json holds."""
+        """The settings as JSON can hold them; paths as they were given."""
         plain: dict[str, Any] = to_plain(self)
         return plain | {"teacher": self.target}
+
+    def to_file(self) -> dict[str, Any]:
+        """What compare.json in `output` holds: paths relative to it."""
+        return to_file(self, self.output) | {"teacher": self.target}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> CompareConfig:
         """The inverse of `to_plain`. Raises `ConfigError` naming the setting that is wrong."""
         return from_plain(cls, plain)
+
+    @classmethod
+    def from_file(cls, plain: Mapping[str, Any], folder: Path) -> CompareConfig:
+        """The settings of a file in `folder`. Raises `ConfigError` naming the setting that is wrong."""
+        return from_file(cls, plain, folder)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from spatial_forcing.protocols import Student, Teacher
 from spatial_forcing.storage import write_json
 from spatial_forcing.students import load_student
 from spatial_forcing.teachers import load_teacher
-from spatial_forcing.training.fields import from_plain, to_plain
+from spatial_forcing.training.fields import from_file, to_file, to_plain
 from spatial_forcing.training.parts import hold_out, make_student
 
 PRESET, TEACHER = "openvla-oft-tiny-libero", "vggt-nano"
@@ -201,7 +201,7 @@ def run_quickstart(config: QuickstartConfig, console: Console | None = None) -> 
     with stage("1. demonstrations", console):
         dataset = Dataset.open(record(config.demonstrations))
         console.print(f"   {dataset.root}: {len(dataset.episodes)} episodes, {len(dataset)} frames")
-        write_json(config.output / SETTINGS, to_plain(config))
+        write_json(config.output / SETTINGS, to_file(config, config.output))
     with stage("2. features, training, evaluation", console):
         found = compare(config.comparison, console)
     with stage("3. depth probe and report", console):
@@ -220,7 +220,7 @@ def rebuild_report(folder: Path) -> Path:
     settings = folder / SETTINGS
     if not settings.exists():
         raise ConfigError(f"{settings} does not exist; give the --output of a quickstart.")
-    config = replace(from_plain(QuickstartConfig, json.loads(settings.read_text())), output=folder)
+    config = replace(from_file(QuickstartConfig, json.loads(settings.read_text()), folder), output=folder)
     return _write(config, reread(config.comparison))
 
 

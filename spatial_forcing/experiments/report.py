@@ -75,7 +75,7 @@ def rebuild_page(folder: Path) -> Path:
     settings = folder / CONFIG
     if not settings.exists():
         raise ConfigError(f"{settings} does not exist; give the output of `compare` or `quickstart`.")
-    config = replace(CompareConfig.from_plain(json.loads(settings.read_text())), output=folder)
+    config = replace(CompareConfig.from_file(json.loads(settings.read_text()), folder), output=folder)
     return write_page(config, reread(config))
 
 

@@ -98,7 +98,7 @@ def compare(config: CompareConfig, console: Console | None = None, make: MakeEnv
     runs = prepare(config, dataset, make)
     for run in runs:
         finished(run.train)  # refuses a folder that holds another run
-    write_json(config.output / CONFIG, config.to_plain())  # not before: a failed start claims no folder
+    write_json(config.output / CONFIG, config.to_file())  # not before: a failed start claims no folder
     foreign = untrained_tasks(config, dataset)
     for remark in foreign:
         console.print(f"[yellow]{remark}[/]")

@@ -83,7 +83,7 @@ def one_gpu(lane: int) -> dict[str, str]:
 
 def _start(config: TrainConfig, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
     wanted = config.output / "wanted.json"
-    write_json(wanted, config.to_plain())
+    write_json(wanted, config.to_file())
     command = [sys.executable, "-m", "spatial_forcing.cli", "train", "--config", str(wanted)]
     with (config.output / "train.log").open("ab") as log:
         return subprocess.Popen(

@@ -18,7 +18,15 @@ from spatial_forcing.forcing import ForcingConfig
 from spatial_forcing.registry import did_you_mean
 from spatial_forcing.students import LoraSettings, StudentConfig
 from spatial_forcing.students.openvla_oft.files import is_hub_id
-from spatial_forcing.training.fields import differences, from_plain, to_plain
+from spatial_forcing.training.fields import (
+    HUB,
+    differences,
+    from_file,
+    from_plain,
+    located,
+    to_file,
+    to_plain,
+)
 from spatial_forcing.training.optim import OptimConfig
 
 logger = logging.getLogger(__name__)
@@ -95,7 +103,7 @@ class TrainConfig:
     output: Path
     # The preset chooses the class; its settings are options like all others.
     student: StudentConfig
-    init_from: Path | None = None
+    init_from: Path | None = field(default=None, metadata={HUB: True})
     lora: LoraSettings = field(default_factory=LoraSettings)
     forcing: ForcingConfig = field(default_factory=ForcingConfig)
     teacher: str | None = None
@@ -204,13 +212,22 @@ class TrainConfig:
         return ("tensorboard",) if installed("tensorboard") else ()
 
     def to_plain(self) -> dict[str, Any]:
-        """What config.json holds."""
+        """The settings as JSON can hold them; paths as they were given."""
         return to_plain(self)
+
+    def to_file(self) -> dict[str, Any]:
+        """What config.json in `output` holds: paths relative to it."""
+        return to_file(self, self.output)
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> TrainConfig:
         """The inverse of `to_plain`. Raises `ConfigError` naming the setting that is wrong."""
         return from_plain(cls, plain)
+
+    @classmethod
+    def from_file(cls, plain: Mapping[str, Any], folder: Path) -> TrainConfig:
+        """The configuration of a file in `folder`. Raises `ConfigError` naming the setting that is wrong."""
+        return from_file(cls, plain, folder)
 
     def check_paths(self, data: bool = True) -> None:
         """Check what the configuration points at, before anything heavy starts.
@@ -240,16 +257,16 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings of two plain configurations that change what is learned, with both values.
+def changed_settings(held: Mapping[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """What changes learning between the run in `config.output` and `config`: settings, with both values.
 
-    More steps are no change where `new` extends the run, nor is the warm-up, which may depend on them.
-    A setting that `old` lacks, because the version that wrote it had none, has its default.
+    More steps are no change where `config` extends the run, nor is the warm-up, which may depend on them.
+    A setting that `held` lacks, because the version that wrote it had none, has its default.
     """
     with suppress(ConfigError):  # a setting that this version does not know is named below
-        old = TrainConfig.from_plain(old).to_plain()
-    found = differences(old, new)
-    if new.get("extend") and int(old.get("steps", 0)) < int(new["steps"]):
+        held = located(TrainConfig.from_file(held, config.output)).to_plain()
+    found = differences(held, located(config).to_plain())
+    if config.extend and int(held.get("steps", 0)) < config.steps:
         found.pop("steps", None)
         found.pop("optim.warmup_steps", None)
     return {name: values for name, values in found.items() if name.split(".")[0] not in NEUTRAL}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import types
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -47,6 +48,62 @@ def from_plain(kind: type[T], plain: Mapping[str, Any], place: str = "") -> T:
         return kind(**values)
     except TypeError as error:
         raise ConfigError(f"{place or kind.__name__} is incomplete: {error}.") from error
+
+
+HUB = "hub"
+"""Metadata of a field whose path may be the id of a repository on the hub instead."""
+ABOVE = 2
+"""Levels above a run's folder that still belong to it: a comparison's run and its demonstrations."""
+
+
+def to_file(config: Any, folder: Path) -> dict[str, Any]:
+    """What a file in `folder` holds, which is the run's own: its paths are relative to it, "output" is ".".
+
+    An absolute path stays absolute unless it lies in `folder` or beside it, so that the folder can be moved
+    or sent together with what was made there.
+    """
+    here = Path(os.path.abspath(folder))
+
+    def relative(path: Path) -> Path:
+        there = Path(os.path.relpath(path, here))
+        near = there.parts[ABOVE : ABOVE + 1] != ("..",)
+        return there if near or not path.is_absolute() else path
+
+    plain: dict[str, Any] = to_plain(_map_paths(config, relative))
+    return plain | {"output": "."}
+
+
+def from_file(kind: type[T], plain: Mapping[str, Any], folder: Path) -> T:
+    """The dataclass of a file in `folder`: one that `to_file` wrote, or one whose paths are as given.
+
+    Raises:
+        ConfigError: as `from_plain`.
+    """
+    config = from_plain(kind, plain)
+    if plain.get("output") != ".":  # a person's, or one that an earlier version wrote
+        return config
+    return cast(T, _map_paths(config, lambda path: Path(os.path.normpath(folder / path))))
+
+
+def located(config: T) -> T:
+    """`config` with absolute paths, to compare two that may have been given in different folders."""
+    return cast(T, _map_paths(config, lambda path: Path(os.path.abspath(path))))
+
+
+def _map_paths(config: Any, change: Callable[[Path], Path]) -> Any:
+    """`config` with every path of it or of its sections changed; one that is a hub id stays."""
+    changed: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            changed[field.name] = _map_paths(value, change)
+        elif isinstance(value, Path) and (not field.metadata.get(HUB) or _local(value, change(value))):
+            changed[field.name] = change(value)
+    return replace(config, **changed)
+
+
+def _local(path: Path, changed: Path) -> bool:
+    return path.is_absolute() or path.exists() or changed.exists()
 
 
 def override(config: T, overrides: Mapping[str, Any]) -> T:

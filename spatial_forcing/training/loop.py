@@ -327,7 +327,7 @@ class Trainer:
             replace_file(folder / files.PROJECTOR, lambda path: save_file(content, path))
         states = {"optimizer": moments, "scheduler": self.scheduler.state_dict()}
         files.save_tensors(folder / files.OPTIMIZER, states)
-        processes, plain = self.accelerator.num_processes, self.config.to_plain()
+        processes, plain = self.accelerator.num_processes, self.config.to_file()
         files.write_state(folder, TrainState(self.step, processes, self.seconds, plain, self.meter.rows))
 
     def _find(self) -> Checkpoint | None:
@@ -352,7 +352,7 @@ class Trainer:
                 f"does ({fault_here}); put `output` on a file system that all processes share."
             )
         state = files.read_state(found.folder)
-        refuse_changes(state.config, self.config.to_plain(), found.folder)
+        refuse_changes(state.config, self.config, found.folder)
         if state.processes != self.accelerator.num_processes:
             raise ConfigError(
                 f"{found.folder} was written by {state.processes} processes and this run has "

@@ -72,16 +72,15 @@ def open_run(config: TrainConfig, writes: bool = True) -> None:
         ConfigError: the folder holds a run with another configuration; names what differs.
     """
     path = config.output / CONFIG
-    plain = config.to_plain()
     if path.exists() and _begun(config.output):
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{path} is not JSON ({error}); choose another output.") from error
-        refuse_changes(held, plain, config.output)
+        refuse_changes(held, config, config.output)
     if writes:
         write_json(config.output / ENVIRONMENT, environment(config.output / DIFF))
-        write_json(path, plain)
+        write_json(path, config.to_file())
 
 
 def _begun(folder: Path) -> bool:
@@ -91,9 +90,9 @@ def _begun(folder: Path) -> bool:
     return any(checkpoints) or (folder / RESULT).exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
-def refuse_changes(held: Mapping[str, Any], new: Mapping[str, Any], place: Path) -> None:
-    """Raise `ConfigError` when a run of configuration `held` cannot go on as `new`."""
-    changed = changed_settings(held, new)
+def refuse_changes(held: Mapping[str, Any], config: TrainConfig, place: Path) -> None:
+    """Raise `ConfigError` when a run of configuration `held` cannot go on as `config`."""
+    changed = changed_settings(held, config)
     if changed:
         listed = "; ".join(
             f"{name}: {old!r} there, {now!r} asked for" for name, (old, now) in changed.items()

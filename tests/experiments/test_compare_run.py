@@ -132,6 +132,23 @@ def test_a_comparison_from_before_a_setting_existed_goes_on(rooms, tmp_path, tra
     assert trained == []
 
 
+def test_a_comparison_moves_with_its_demonstrations_and_goes_on(tmp_path, trained, evaluated):
+    rooms = write_rooms(tmp_path / "all" / "demonstrations", episodes=4, frames=3).root
+    config = settings(rooms, tmp_path / "all", arms=("alpha0", "sf"), seeds=(0,), checkpoints=1)
+    compare(config, QUIET, make_room)
+    trained.clear()
+    moved = (tmp_path / "all").rename(tmp_path / "moved")
+    grown = settings(moved / "demonstrations", moved, arms=("alpha0", "sf"), checkpoints=1)
+    compare(grown, QUIET, make_room)
+    assert [name for name, _ in trained] == ["alpha0-seed1", "sf-seed1"]
+    written = [
+        *moved.glob("*.json"),
+        *moved.glob("runs/*/*.json"),
+        *moved.glob("runs/*/checkpoints/*/state.json"),
+    ]
+    assert [path for path in written if str(tmp_path) in path.read_text()] == []
+
+
 def no_environment(task, **kwargs):
     raise AssertionError("a comparison without tasks made an environment")
 

@@ -135,7 +135,50 @@ def test_an_unknown_preset_is_refused():
 def test_only_what_changes_learning_counts_as_changed():
     one = make_config("a", keep=1, log_every=5)
     two = make_config("b", seed=3, optim=OptimConfig(lr=1e-4))
-    assert set(changed_settings(one.to_plain(), two.to_plain())) == {"seed", "optim.lr"}
+    assert set(changed_settings(one.to_plain(), two)) == {"seed", "optim.lr"}
+
+
+def test_a_runs_file_moves_with_the_run(tmp_path):
+    run = tmp_path / "all" / "runs" / "sf"
+    config = replace(make_config(run), dataset=tmp_path / "all" / "demonstrations")
+    written = config.to_file()
+    assert (written["output"], written["dataset"]) == (".", "../../demonstrations")
+    moved = TrainConfig.from_file(written, tmp_path / "new" / "runs" / "sf")
+    assert moved.output == tmp_path / "new" / "runs" / "sf"
+    assert moved.dataset == tmp_path / "new" / "demonstrations"
+
+
+def test_an_absolute_path_elsewhere_stays(tmp_path):
+    config = replace(make_config(tmp_path / "a" / "b" / "c" / "run"), dataset=tmp_path / "data")
+    assert config.to_file()["dataset"] == str(tmp_path / "data")
+
+
+def test_a_runs_file_is_read_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = replace(make_config("runs/one"), dataset=Path("data/demonstrations"))
+    written = config.to_file()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = TrainConfig.from_file(written, Path("../runs/one"))
+    assert (again.output, again.dataset) == (Path("../runs/one"), Path("../data/demonstrations"))
+    assert changed_settings(written, again) == {}
+    other = replace(again, dataset=Path("data/demonstrations"))
+    assert list(changed_settings(written, other)) == ["dataset"]
+
+
+def test_a_hub_id_is_no_path_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = make_config("run", init_from=Path("owner/name"))
+    assert config.to_file()["init_from"] == "owner/name"
+    assert TrainConfig.from_file(config.to_file(), Path("run")).init_from == Path("owner/name")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert config.to_file()["init_from"] == "../owner/name"
+    assert TrainConfig.from_file(config.to_file(), Path("run")).init_from == Path("owner/name")
+
+
+def test_a_file_of_an_earlier_version_has_its_paths_as_given():
+    config = replace(make_config("runs/one"), dataset=Path("data/demonstrations"))
+    assert TrainConfig.from_file(config.to_plain(), Path("runs/one")) == config
 
 
 def test_a_renamed_setting_is_read_by_its_earlier_name():
@@ -143,7 +186,7 @@ def test_a_renamed_setting_is_read_by_its_earlier_name():
     plain = now.to_plain()
     plain["forcing"]["centre"] = plain["forcing"].pop("subtract_cell_mean")
     assert TrainConfig.from_plain(plain) == now
-    assert changed_settings(plain, now.to_plain()) == {}
+    assert changed_settings(plain, now) == {}
     assert override(make_config("a"), {"forcing.centre": "true"}).forcing.subtract_cell_mean
 
 
