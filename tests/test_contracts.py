@@ -16,7 +16,7 @@ from spatial_forcing.students import FusionVLA, NanoConfig, NanoVLA, Pi0
 from spatial_forcing.students.base import StudentModule
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.image import FAMILIES, ImageTeacher
-from spatial_forcing.teachers.vggt.aggregator import IMAGENET_MEAN, IMAGENET_STD
+from spatial_forcing.teachers.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from tests.fakes import CAMERAS, FakeStudent, FakeTeacher, fake_batch
 from tests.students.openvla_oft.small import small
 from tests.students.pi0_fixtures import small_config

@@ -29,7 +29,7 @@ from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing.layout import gather_tokens, grid_sizes
 from spatial_forcing.forcing.tap import Tap, in_sequence
 from spatial_forcing.protocols import Observation, Student, Teacher
-from spatial_forcing.teachers.vggt import VGGTTeacher
+from spatial_forcing.teachers.frozen import SceneTeacher
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -227,8 +227,8 @@ def _valid_box(valid: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(low, -1), torch.stack(high, -1)
 
 
-def predicted_depth(teacher: VGGTTeacher, frames: Frames, side: int, clip: float) -> dict[str, Tensor]:
-    """A VGGT's own depth of real images, (N, side, side) by camera, clipped; its unit is the model's."""
+def predicted_depth(teacher: SceneTeacher, frames: Frames, side: int, clip: float) -> dict[str, Tensor]:
+    """A teacher's own depth of real images, (N, side, side) by camera, clipped; its unit is the model's."""
     parts = []
     for rows in frames.slices(16):
         views = views_from_batch(frames.batch(rows), frames.cameras)

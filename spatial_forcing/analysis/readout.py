@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spatial_forcing.teachers.vggt.dpt import FusionBlock
+from spatial_forcing.teachers.dpt import FusionBlock
 
 Head = Literal["linear", "dpt"]
 RIDGES = tuple(10.0**k for k in range(-5, 3))

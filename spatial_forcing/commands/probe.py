@@ -28,7 +28,7 @@ from spatial_forcing.protocols import Student
 from spatial_forcing.storage import write_json
 from spatial_forcing.students import load_student
 from spatial_forcing.teachers import load_teacher
-from spatial_forcing.teachers.vggt import VGGTTeacher
+from spatial_forcing.teachers.frozen import SceneTeacher
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,10 @@ def _depth_source(teacher: str | None) -> DepthSource | None:
     if teacher is None:
         return None
     loaded = load_teacher(teacher, heads=True)
-    if not isinstance(loaded, VGGTTeacher):
-        raise ConfigError(f"{teacher!r} is not a VGGT and predicts no depth; name one for --depth-from.")
+    if not isinstance(loaded, SceneTeacher):
+        raise ConfigError(
+            f"{teacher!r} predicts no depth; name a VGGT or a Depth Anything 3 for --depth-from."
+        )
     return partial(predicted_depth, loaded)
 
 

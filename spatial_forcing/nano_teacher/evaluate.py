@@ -12,8 +12,8 @@ from torch import Tensor
 from spatial_forcing.analysis.depth import depth_metrics
 from spatial_forcing.nano_teacher.losses import NEAREST
 from spatial_forcing.nano_teacher.scenes import DEPTH_MAX, SceneDataset
+from spatial_forcing.teachers.pose import decode_pose
 from spatial_forcing.teachers.vggt.model import VGGT
-from spatial_forcing.teachers.vggt.pose import decode_pose
 
 ROWS = {
     "abs_rel": "AbsRel, metric",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spatial_forcing.nano_teacher.scenes import DEPTH_MAX, SceneBatch
-from spatial_forcing.teachers.vggt.pose import encode_pose
+from spatial_forcing.teachers.pose import encode_pose
 
 NEAREST = 0.02
 """Metres; nothing nearer than this counts (it is inside the near plane)."""

@@ -12,7 +12,8 @@ import tyro
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.nano_teacher.scenes import SceneSpec
 from spatial_forcing.nano_teacher.tasks import RESERVED_TASKS, TRAIN_TASKS
-from spatial_forcing.teachers.vggt.config import CameraHeadConfig, DPTConfig, VGGTConfig
+from spatial_forcing.teachers.dpt import DPTConfig
+from spatial_forcing.teachers.vggt.config import CameraHeadConfig, VGGTConfig
 
 NANO = VGGTConfig(
     img_size=128,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
+from spatial_forcing.errors import ConfigError
 from spatial_forcing.protocols import Teacher
-from spatial_forcing.registry import Registry
+from spatial_forcing.registry import Registry, unknown
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +31,13 @@ class TeacherLoader(Protocol):
         device: torch.device | str,
         heads: bool,
         random_weights: bool,
+        variant: Mapping[str, str],
         **options: Any,
     ) -> Teacher:
-        """Load frozen weights onto `device`, or draw them; `options` go to `frozen.FrozenTeacher`."""
+        """Load frozen weights onto `device`, or draw them; `options` go to `frozen.FrozenTeacher`.
+
+        `variant` is what the name says after `?`, see `check_variant`.
+        """
         ...
 
 
@@ -62,9 +68,29 @@ RANDOM = "random:"
 """Before a teacher's name: its architecture with random weights."""
 RANDOM_LICENCE = "Apache-2.0"
 """Of random weights, which are this package's own."""
+UNKNOWN_LICENCE = "LicenseRef-unknown"
+VARIANT = "?"
+"""After a teacher's name: its settings, `name?half=global&reference=middle`."""
 Framing = Literal["fit", "pad"]
 
 _announced: set[str] = set()
+
+
+def check_variant(
+    source: str, variant: Mapping[str, str], known: Mapping[str, tuple[str, ...]]
+) -> dict[str, str]:
+    """Every setting of a teacher, with its default (the first value) where the name says nothing.
+
+    Raises:
+        ConfigError: a setting that this kind of teacher does not have, or a value that it cannot take.
+    """
+    for key, value in variant.items():
+        if key not in known:
+            has = f"it has {', '.join(known)}" if known else "this kind of teacher has none"
+            raise ConfigError(f"{source!r} has no setting {key!r}; {has}.")
+        if value not in known[key]:
+            raise unknown(f"{key} of {source}", value, known[key])
+    return {key: values[0] for key, values in known.items()} | dict(variant)
 
 
 def announce_licence(name: str, licence: str) -> None:
@@ -75,7 +101,8 @@ def announce_licence(name: str, licence: str) -> None:
     if name in _announced or name.startswith(RANDOM) or os.environ.get("RANK", "0") != "0":
         return
     _announced.add(name)
-    card = TEACHERS.get(name) if name in TEACHERS else None
+    registered = name.partition(VARIANT)[0]
+    card = TEACHERS.get(registered) if registered in TEACHERS else None
     parts = [f"teacher {name!r}: weights under {licence}."]
     if card is not None:
         parts.append(card.note)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from spatial_forcing.alignment import Views, transform
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing.target import sample_grid, token_points
 from spatial_forcing.teachers.cards import Framing
+from spatial_forcing.teachers.layers import resolve_layers
 from spatial_forcing.teachers.preprocess import Framed, frame, resized_shape
 
 DEFAULT_MEMORY = 2 * 2**30
@@ -109,9 +110,13 @@ class FrozenTeacher(ABC):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels (H', W') that a view of this size is resized to, padding not counted."""
+        return resized_shape(height, width, self.resolution, self.patch, "fit")
+
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches of a view of this size, padding not counted."""
-        rows, columns = resized_shape(height, width, self.resolution, self.patch, "fit")
+        rows, columns = self._size(height, width)
         return rows // self.patch, columns // self.patch
 
     def _scenes(self, views: Views, layers: int) -> Iterator[tuple[Tensor, Tensor, Framed]]:
@@ -166,6 +171,93 @@ class FrozenTeacher(ABC):
             f"the teacher {self.name!r} is not pickled, so that its weights end up in no checkpoint; "
             "store its name and call load_teacher again."
         )
+
+
+class SceneTeacher(FrozenTeacher):
+    """A teacher that encodes the views of a sample together, and may predict depth and cameras from them.
+
+    Views are resized to `resolution` without changing what they show (see `framing`). Those present in a
+    sample are encoded together, in the order of `views.cameras`; the first of them is the reference view.
+    Absent ones get zero rows and influence nothing.
+    """
+
+    heads: ClassVar[tuple[str, ...]]
+    """What `predict` can be asked for."""
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """C, channels of one feature."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Number of layers that can be asked for."""
+
+    @property
+    @abstractmethod
+    def _head_layers(self) -> int:
+        """Layers that the dense heads read."""
+
+    @abstractmethod
+    def _encode(self, images: Tensor, layers: Sequence[int]) -> Sequence[Tensor]:
+        """Framed images (n, s, 3, H, W) to patch tokens (n, s, h, w, C) of each layer, padding included."""
+
+    @abstractmethod
+    def _predict(self, images: Tensor, heads: Sequence[str]) -> dict[str, Tensor]:
+        """Framed images (n, s, 3, H, W) to maps (n, s, ...)."""
+
+    @torch.no_grad()
+    def features(self, views: Views, layers: Sequence[int] = (-1,)) -> tuple[Tensor, ...]:
+        """Patch features of the asked layers, one (B, V, h, w, C) float32 tensor each.
+
+        Args:
+            views: what to encode; moved to the teacher's device.
+            layers: 0-based, negative from the end; later layers do not run.
+
+        Raises:
+            ConfigError: a layer does not exist.
+        """
+        resolve_layers(layers, self.depth)
+        grid = self._grid(*views.images.shape[-2:])
+        lead = (*views.present.shape, *grid)
+        results: tuple[Tensor, ...] = ()
+        for rows, columns, framed in self._scenes(views, len(set(layers))):
+            with self._precision():
+                encoded = self._encode(framed.images.unflatten(0, (len(rows), -1)), layers)
+            # Not before the first forward, whose peak they would raise.
+            results = results or self._zeros(lead, len(layers))
+            for result, layer in zip(results, encoded, strict=True):
+                patches = self._without_padding(layer.flatten(0, 1).float(), framed, grid)
+                result[rows[:, None], columns] = patches.unflatten(0, layer.shape[:2])
+        return results or self._zeros(lead, len(layers))
+
+    def _zeros(self, lead: tuple[int, ...], count: int) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(*lead, self.dim, device=self.device) for _ in range(count))
+
+    @torch.no_grad()
+    def predict(self, views: Views, heads: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The heads' predictions; pixels are those of the resized views, absent views get zeros.
+
+        Args:
+            views: what to encode; moved to the teacher's device.
+            heads: any of `heads`; None: all.
+
+        Returns:
+            For "depth": `depth` (B, V, H, W, 1) > 0 in the model's unit. The teacher's class says the others.
+
+        Raises:
+            ConfigError: a head is unknown, or the teacher was loaded without heads.
+        """
+        results: dict[str, Tensor] = {}
+        for rows, columns, framed in self._scenes(views, self._head_layers):
+            with self._precision():
+                maps = self._predict(framed.images.unflatten(0, (len(rows), -1)), heads or self.heads)
+            for name, values in maps.items():
+                if name not in results:
+                    results[name] = values.new_zeros(*views.present.shape, *values.shape[2:])
+                results[name][rows[:, None], columns] = values
+        return results
 
 
 def lower_weights(module: nn.Module, dtype: torch.dtype) -> None:

@@ -21,14 +21,21 @@ from torch import Tensor, nn
 
 from spatial_forcing.alignment import Views
 from spatial_forcing.errors import CheckpointError
-from spatial_forcing.teachers.cards import RANDOM, RANDOM_LICENCE, TEACHERS, Framing, TeacherCard
+from spatial_forcing.teachers.cards import (
+    RANDOM,
+    RANDOM_LICENCE,
+    TEACHERS,
+    UNKNOWN_LICENCE,
+    Framing,
+    TeacherCard,
+    check_variant,
+)
 from spatial_forcing.teachers.frozen import DEFAULT_MEMORY, FrozenTeacher, lower_weights, random_stream
-from spatial_forcing.teachers.preprocess import Framed, frame
-from spatial_forcing.teachers.vggt.aggregator import IMAGENET_MEAN, IMAGENET_STD, resolve_layers
+from spatial_forcing.teachers.layers import resolve_layers
+from spatial_forcing.teachers.preprocess import IMAGENET_MEAN, IMAGENET_STD, Framed, frame
 
 RESIZE_RULE = "bicubic, antialias, clamp, fit to whole patches, v1"
 """Part of the fingerprint: change it when the arithmetic changes."""
-UNKNOWN_LICENCE = "LicenseRef-unknown"
 
 
 @dataclass(frozen=True)
@@ -206,12 +213,9 @@ class ImageTeacher(FrozenTeacher):
             return {layer: norm(output.float()).float() for layer, output in outputs.items()}
 
 
-def is_image_checkpoint(source: str) -> bool:
-    """Whether a folder or hub id holds a checkpoint of one of `FAMILIES`."""
-    try:
-        return _read_json(source, "config.json").get("model_type") in FAMILIES
-    except CheckpointError:
-        return False  # VGGT's loader says what is wrong
+def read_settings(source: str) -> dict[str, Any]:
+    """The `config.json` of a folder or hub id; empty where there is none, or where `source` is a file."""
+    return _read_json(source, "config.json", optional=True)
 
 
 def load_image_teacher(
@@ -223,6 +227,7 @@ def load_image_teacher(
     device: torch.device | str,
     heads: bool,
     random_weights: bool = False,
+    variant: Mapping[str, str],
     **options: Any,
 ) -> ImageTeacher:
     """The loader of DINOv2, SigLIP and Depth Anything checkpoints. `heads` has no effect: none is built.
@@ -231,6 +236,7 @@ def load_image_teacher(
         CheckpointError: missing, damaged or foreign weights.
         ConfigError: the resolution is not a multiple of the patch size.
     """
+    check_variant(source, variant, {})
     kind = _read_json(source, "config.json").get("model_type")
     if kind not in FAMILIES:
         raise CheckpointError(

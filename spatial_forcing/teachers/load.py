@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import torch
 
@@ -13,12 +14,14 @@ from spatial_forcing.registry import unknown
 from spatial_forcing.teachers.cards import (
     RANDOM,
     TEACHERS,
+    VARIANT,
     Framing,
     TeacherCard,
     TeacherLoader,
     announce_licence,
 )
-from spatial_forcing.teachers.image import is_image_checkpoint, load_image_teacher
+from spatial_forcing.teachers.da3 import is_da3, load_da3_teacher
+from spatial_forcing.teachers.image import FAMILIES, load_image_teacher, read_settings
 from spatial_forcing.teachers.vggt import load_vggt_teacher
 
 DTYPES = {
@@ -46,9 +49,10 @@ def load_teacher(
 
     Args:
         name_or_path: a registered name, a local checkpoint (VGGT: folder, `.safetensors` or `.pt` file;
-            DINOv2, SigLIP, Depth Anything: folder in the Hugging Face layout), or the hub id of one
+            Depth Anything 3, DINOv2, SigLIP: folder as on the Hugging Face hub), or the hub id of one
             ("owner/name"). `random:` before it keeps the architecture and draws the weights (seed 0): the
-            control for what the architecture alone gives.
+            control for what the architecture alone gives. `?` after it begins settings that one kind of
+            teacher has: "depth-anything/DA3-BASE?half=global&reference=middle", see `da3.DA3Teacher`.
         resolution: pixels on a side at which views are encoded; default the teacher's own.
         dtype: arithmetic type: float32, bfloat16 or float16 (or "fp32", "bf16", "fp16").
         device: where it runs.
@@ -67,7 +71,8 @@ def load_teacher(
             f"{name!r} is a control over cached features; build the teacher's cache and train with it "
             "(`cache`), or wrap it in `controls.ShuffledTeacher`."
         )
-    source = name.removeprefix(RANDOM)
+    source, _, settings = name.removeprefix(RANDOM).partition(VARIANT)
+    variant = _variant(name, settings)
     precision = _resolve_dtype(dtype)
     card: TeacherCard | None = None
     loader: TeacherLoader
@@ -88,7 +93,8 @@ def load_teacher(
         dtype=precision,
         device=device,
         heads=heads,
-        random_weights=name != source,
+        random_weights=name.startswith(RANDOM),
+        variant=variant,
         **options,
     )
     announce_licence(teacher.name, teacher.licence)
@@ -96,8 +102,21 @@ def load_teacher(
 
 
 def _loader_of(source: str) -> TeacherLoader:
-    """The loader of a checkpoint without a card: transformers' own layout names its kind, VGGT's does not."""
-    return load_image_teacher if is_image_checkpoint(source) else load_vggt_teacher
+    """The loader of a checkpoint without a card: its `config.json` names its kind, only VGGT's does not."""
+    settings = read_settings(source)
+    if settings.get("model_type") in FAMILIES:
+        return load_image_teacher
+    return load_da3_teacher if is_da3(settings) else load_vggt_teacher
+
+
+def _variant(name: str, settings: str) -> dict[str, str]:
+    """`half=global&reference=middle` by name."""
+    try:
+        return dict(parse_qsl(settings, strict_parsing=True)) if settings else {}
+    except ValueError as error:
+        raise ConfigError(
+            f"the settings in {name!r} cannot be read ({error}); write `name?half=global&reference=middle`."
+        ) from error
 
 
 def _is_hub_id(source: str) -> bool:

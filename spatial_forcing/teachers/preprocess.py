@@ -22,6 +22,9 @@ from spatial_forcing.errors import ConfigError
 
 Mode = Literal["fit", "pad", "crop"]
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 RESIZE_RULE = "bicubic, no antialias, no clamp, fit to whole patches, v1"
 """Part of a teacher's fingerprint: change it when the arithmetic below changes."""
 
@@ -89,7 +92,18 @@ def frame(
     Raises:
         ConfigError: like `resized_shape`.
     """
-    images = resize(images, resolution, patch, mode, antialias=antialias)
+    return place(resize(images, resolution, patch, mode, antialias=antialias), valid, resolution, mode)
+
+
+def place(images: Tensor, valid: Tensor, resolution: int, mode: Mode) -> Framed:
+    """Pad resized images with white, or crop them, as `mode` says.
+
+    Args:
+        images: (N, 3, H', W') after resizing.
+        valid: (N, H, W) bool, of the originals.
+        resolution: see `frame`.
+        mode: see the module's head.
+    """
     height, width = images.shape[-2:]
     mask = F.interpolate(valid[:, None].float(), size=(height, width), mode="nearest")[:, 0] > 0.5
     top = left = bottom = right = 0

@@ -10,7 +10,7 @@ import torch
 
 from spatial_forcing.alignment import Views
 from spatial_forcing.errors import CheckpointError, ConfigError
-from spatial_forcing.teachers import TEACHERS, cards, load_teacher
+from spatial_forcing.teachers import TEACHERS, cards, files, load_teacher
 from spatial_forcing.teachers.vggt import VGGT, CameraHeadConfig, DPTConfig, VGGTConfig, loading, save_vggt
 from spatial_forcing.teachers.vggt import teacher as teacher_module
 
@@ -90,7 +90,7 @@ def test_an_unknown_hub_id_suggests_the_closest(monkeypatch):
     def not_found(repo_id, name):
         raise OSError("404")
 
-    monkeypatch.setattr(loading, "hf_hub_download", not_found)
+    monkeypatch.setattr(files, "hf_hub_download", not_found)
     with pytest.raises(CheckpointError, match=r"'facebook/VGGT-1b'.*404.*Did you mean 'facebook/VGGT-1B'"):
         load_teacher("facebook/VGGT-1b")
     with pytest.raises(CheckpointError, match=r"'facebook/VGGT-1B'.*404"):
@@ -98,7 +98,7 @@ def test_an_unknown_hub_id_suggests_the_closest(monkeypatch):
 
 
 def test_a_registered_hub_id_uses_its_cards_licence(checkpoint, monkeypatch):
-    monkeypatch.setattr(loading, "hf_hub_download", lambda repo_id, name: str(checkpoint / name))
+    monkeypatch.setattr(files, "hf_hub_download", lambda repo_id, name: str(checkpoint / name))
     teacher = load_teacher("facebook/VGGT-1B")
     assert (teacher.name, teacher.licence) == ("facebook/VGGT-1B", "CC-BY-NC-4.0")
     assert load_teacher("someone/other").licence == "MIT"

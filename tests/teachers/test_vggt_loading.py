@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from spatial_forcing.errors import CheckpointError, ConfigError
+from spatial_forcing.teachers import files
 from spatial_forcing.teachers.vggt import (
     VGGT,
     CameraHeadConfig,
@@ -255,7 +256,7 @@ def test_hub_files_are_found_and_safetensors_preferred(folder, monkeypatch):
             raise EntryNotFoundError(name)
         return str(folder / name)
 
-    monkeypatch.setattr(loading, "hf_hub_download", download)
+    monkeypatch.setattr(files, "hf_hub_download", download)
     source = loading.find_on_hub("someone/vggt")
     assert asked == [("someone/vggt", "config.json"), ("someone/vggt", "model.safetensors")]
     assert source.config == TINY
@@ -271,7 +272,7 @@ def test_no_connection_is_said(monkeypatch):
     def offline(repo_id, name):
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr(loading, "hf_hub_download", offline)
+    monkeypatch.setattr(files, "hf_hub_download", offline)
     with pytest.raises(
         CheckpointError, match=r"cannot get 'facebook/VGGT-1B'.*no connection.*give the folder"
     ):

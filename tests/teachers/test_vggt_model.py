@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from spatial_forcing.errors import ConfigError, DataError
+from spatial_forcing.teachers.layers import resolve_layers
 from spatial_forcing.teachers.vggt import VGGT, CameraHeadConfig, DinoV2Config, DPTConfig, VGGTConfig
-from spatial_forcing.teachers.vggt.aggregator import resolve_layers
 from spatial_forcing.teachers.vggt.keys import from_published, key_map
 from tests.golden import Golden, golden
 

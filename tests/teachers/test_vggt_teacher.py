@@ -17,9 +17,9 @@ from spatial_forcing.forcing import layout_from_offset
 from spatial_forcing.forcing.target import make_targets
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.teachers import load_teacher
+from spatial_forcing.teachers.layers import attention
 from spatial_forcing.teachers.preprocess import frame, resize
 from spatial_forcing.teachers.vggt import VGGT, CameraHeadConfig, DPTConfig, VGGTConfig, VGGTTeacher
-from spatial_forcing.teachers.vggt.layers import attention
 
 CONFIG = VGGTConfig(
     img_size=28,
@@ -276,7 +276,7 @@ def test_without_gradients_a_forward_is_lean_and_equal(teacher, images, monkeypa
     pixels = resize(images.flatten(0, 1), 28, 14).unflatten(0, (3, 3))
     before = pixels.clone()
     expected = teacher.model.aggregator(pixels, (0, -1))
-    monkeypatch.setattr("spatial_forcing.teachers.vggt.layers.MLP_ROWS", 4)
+    monkeypatch.setattr("spatial_forcing.teachers.layers.MLP_ROWS", 4)
     with torch.no_grad():
         lean = teacher.model.aggregator(pixels, (0, -1))
     for ours, theirs in zip(lean, expected, strict=True):
@@ -332,7 +332,7 @@ def test_one_patch_a_token_needs_no_interpolation(images):
 def test_bf16_attention_on_a_cpu_is_attention(monkeypatch):
     q, k, v = torch.randn(3, 2, 3, 50, 16, generator=torch.Generator().manual_seed(0))
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    monkeypatch.setattr("spatial_forcing.teachers.vggt.layers.QUERY_ROWS", 16)
+    monkeypatch.setattr("spatial_forcing.teachers.layers.QUERY_ROWS", 16)
     with torch.no_grad():
         assert torch.equal(attention(q, k, v), exact)
         rough = attention(q.bfloat16(), k.bfloat16(), v.bfloat16())

@@ -33,7 +33,7 @@ from spatial_forcing.teachers.cache.format import (
 )
 from spatial_forcing.teachers.cache.read import CachedTeacher, changed_episodes, foreign_dataset
 from spatial_forcing.teachers.cache.source import FrameSource, SourceEpisode, wanted_episodes
-from spatial_forcing.teachers.vggt.aggregator import resolve_layers
+from spatial_forcing.teachers.layers import resolve_layers
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from spatial_forcing.teachers.cache.format import (
 )
 from spatial_forcing.teachers.cache.source import FrameSource
 from spatial_forcing.teachers.cards import announce_licence
-from spatial_forcing.teachers.vggt.aggregator import resolve_layers
+from spatial_forcing.teachers.layers import resolve_layers
 
 
 class CachedTeacher:

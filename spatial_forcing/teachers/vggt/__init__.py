@@ -1,10 +1,11 @@
 """VGGT (arXiv 2503.11651), own implementation: model, checkpoints, frozen teacher, cards of its weights."""
 
 from spatial_forcing.teachers.cards import TEACHERS, TeacherCard
-from spatial_forcing.teachers.vggt.config import CameraHeadConfig, DinoV2Config, DPTConfig, VGGTConfig
+from spatial_forcing.teachers.dpt import DPTConfig
+from spatial_forcing.teachers.pose import decode_pose, encode_pose
+from spatial_forcing.teachers.vggt.config import CameraHeadConfig, DinoV2Config, VGGTConfig
 from spatial_forcing.teachers.vggt.loading import find_local, load_vggt, save_vggt
 from spatial_forcing.teachers.vggt.model import VGGT
-from spatial_forcing.teachers.vggt.pose import decode_pose, encode_pose
 from spatial_forcing.teachers.vggt.teacher import NANO_FOLDER, VGGT_1B, VGGTTeacher, load_vggt_teacher
 
 __all__ = [

@@ -12,29 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from spatial_forcing.errors import ConfigError, DataError
+from spatial_forcing.errors import DataError
 from spatial_forcing.stem import PatchStem
+from spatial_forcing.teachers.layers import Block, Rope2D, resolve_layers
+from spatial_forcing.teachers.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from spatial_forcing.teachers.vggt.config import VGGTConfig
-from spatial_forcing.teachers.vggt.layers import Block, Rope2D
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def resolve_layers(layers: Sequence[int], depth: int) -> list[int]:
-    """Turn layer numbers (0-based, negative from the end) into 0 .. depth - 1, order and repeats kept.
-
-    Raises:
-        ConfigError: a layer does not exist, or none is asked for.
-    """
-    if not layers:
-        raise ConfigError("no layer was asked for; give at least one, for example layers=(-1,).")
-    for layer in layers:
-        if not -depth <= layer < depth:
-            raise ConfigError(
-                f"layer {layer} does not exist; the model has layers 0 to {depth - 1} (or -1 to -{depth})."
-            )
-    return [layer % depth for layer in layers]
 
 
 class ConvPatchEmbed(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.registry import did_you_mean
 from spatial_forcing.stem import fits_stem
+from spatial_forcing.teachers.dpt import DPTConfig
 
 HUB_ONLY_KEYS = ("enable_track",)
 """Keys of published `config.json` files that describe parts this package never builds."""
@@ -42,27 +43,6 @@ class CameraHeadConfig:
     mlp_ratio: float = 4.0
     iterations: int = 4
     init_values: float = 0.01
-
-
-@dataclass(frozen=True)
-class DPTConfig:
-    """The dense heads (DPT, arXiv 2103.13413).
-
-    Attributes:
-        features: channels in the fusion path.
-        out_channels: channels of the four pyramid levels, finest first.
-        layers: the four aggregator layers that feed them.
-        down_ratio: input size over output size of the dense maps.
-        pos_embed: add a small sin-cos position embedding to each level and to the fused map.
-        hidden_channels: channels of the last hidden convolution, at full resolution.
-    """
-
-    features: int = 256
-    out_channels: tuple[int, int, int, int] = (256, 512, 1024, 1024)
-    layers: tuple[int, int, int, int] = (4, 11, 17, 23)
-    down_ratio: int = 1
-    pos_embed: bool = True
-    hidden_channels: int = 32
 
 
 @dataclass(frozen=True)

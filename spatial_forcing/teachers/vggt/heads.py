@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spatial_forcing.teachers.layers import Block, Mlp
 from spatial_forcing.teachers.vggt.config import CameraHeadConfig
-from spatial_forcing.teachers.vggt.layers import Block, Mlp
 
 POSE_DIM = 9
 """Translation (3), quaternion x y z w (4), vertical and horizontal field of view (2)."""

@@ -14,15 +14,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from spatial_forcing.errors import CheckpointError
+from spatial_forcing.teachers.files import Shapes, check_shapes
 from spatial_forcing.teachers.vggt.config import VGGTConfig
 from spatial_forcing.teachers.vggt.model import VGGT
 from spatial_forcing.teachers.vggt.track_head import track_head_shapes
-
-Shapes = dict[str, tuple[int, ...]]
-
-LISTED = 12
-"""How many offending keys an error message shows."""
 
 _DINO = "aggregator.patch_embed.model."
 # Both spellings of the attention layers: transformers renamed them between 5.4 and 5.23.
@@ -77,7 +72,7 @@ def from_published(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[
     return state
 
 
-def published_shapes(config: VGGTConfig) -> Shapes:
+def published_shapes(config: VGGTConfig) -> dict[str, tuple[int, ...]]:
     """Every key of the published layout for `config`, `track_head.*` included, with its shape."""
     with torch.device("meta"):
         model = VGGT(config)
@@ -85,7 +80,7 @@ def published_shapes(config: VGGTConfig) -> Shapes:
     return shapes | track_head_shapes(config)
 
 
-def check_keys(found: Mapping[str, tuple[int, ...]], config: VGGTConfig, *, heads: bool, where: str) -> None:
+def check_keys(found: Shapes, config: VGGTConfig, *, heads: bool, where: str) -> None:
     """Compare a checkpoint's keys and shapes with what `config` asks for.
 
     Args:
@@ -101,28 +96,14 @@ def check_keys(found: Mapping[str, tuple[int, ...]], config: VGGTConfig, *, head
     groups = {_group(key) for key in found} | {"aggregator"}
     if heads:
         groups |= {_group(key) for key in expected} - {"track_head"}
-    missing = [key for key in expected if _group(key) in groups and key not in found]
-    unexpected = [key for key in found if key not in expected]
-    wrong = [
-        f"{key} is {tuple(found[key])}, expected {shape}"
-        for key, shape in expected.items()
-        if key in found and tuple(found[key]) != shape
-    ]
-    problems = [
-        f"{len(keys)} {what}: {', '.join(keys[:LISTED])}{', ...' if len(keys) > LISTED else ''}"
-        for what, keys in (
-            ("missing keys", missing),
-            ("unexpected keys", unexpected),
-            ("wrong shapes", wrong),
-        )
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{where} does not fit the VGGT it is loaded as. {'; '.join(problems)}. "
-            "Check that the file is whole and that the config.json beside it belongs to it "
-            "(without one, VGGT-1B is assumed)."
-        )
+    check_shapes(
+        found,
+        expected,
+        [key for key in expected if _group(key) in groups],
+        where=where,
+        remedy="Check that the file is whole and that the config.json beside it belongs to it (without one, "
+        "VGGT-1B is assumed).",
+    )
 
 
 def _group(key: str) -> str:

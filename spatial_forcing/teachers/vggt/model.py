@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from spatial_forcing.errors import ConfigError
+from spatial_forcing.teachers.dpt import DPTHead
 from spatial_forcing.teachers.vggt.aggregator import Aggregator
 from spatial_forcing.teachers.vggt.config import VGGTConfig
-from spatial_forcing.teachers.vggt.dpt import DPTHead
 from spatial_forcing.teachers.vggt.heads import CameraHead
 
 HEADS = ("camera", "depth", "point")

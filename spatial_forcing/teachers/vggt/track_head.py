@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from spatial_forcing.teachers.vggt.config import DPTConfig, VGGTConfig
-from spatial_forcing.teachers.vggt.dpt import DPTHead
+from spatial_forcing.teachers.dpt import DPTConfig, DPTHead
+from spatial_forcing.teachers.vggt.config import VGGTConfig
 
 Shapes = dict[str, tuple[int, ...]]
 

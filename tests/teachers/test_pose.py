@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spatial_forcing.teachers.pose import matrix_to_quaternion, quaternion_to_matrix
 from spatial_forcing.teachers.vggt import decode_pose, encode_pose
-from spatial_forcing.teachers.vggt.pose import matrix_to_quaternion, quaternion_to_matrix
 from tests.golden import golden
 
 number = st.floats(-1, 1, width=32)

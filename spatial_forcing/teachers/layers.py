@@ -1,4 +1,4 @@
-"""Transformer block and 2D rotary embedding shared by the aggregator and the camera head.
+"""Transformer block, 2D rotary embedding and layer numbers: what our own teachers share.
 
 Shapes: B batch, N tokens, C channels, h heads, d channels of a head.
 
@@ -9,17 +9,35 @@ rows at a time: the same numbers up to rounding, at a third of the memory.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spatial_forcing.errors import ConfigError
 
 MLP_ROWS = 1024
 """Tokens that pass through an MLP together on a CPU; its hidden layer is the largest tensor of a block."""
 
 QUERY_ROWS = 2048
 """Queries whose scores are held together where attention is computed without the fused kernel."""
+
+
+def resolve_layers(layers: Sequence[int], depth: int) -> list[int]:
+    """Turn layer numbers (0-based, negative from the end) into 0 .. depth - 1, order and repeats kept.
+
+    Raises:
+        ConfigError: a layer does not exist, or none is asked for.
+    """
+    if not layers:
+        raise ConfigError("no layer was asked for; give at least one, for example layers=(-1,).")
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise ConfigError(
+                f"layer {layer} does not exist; the model has layers 0 to {depth - 1} (or -1 to -{depth})."
+            )
+    return [layer % depth for layer in layers]
 
 
 class Rope2D(nn.Module):
@@ -117,6 +135,21 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class SwiGLU(nn.Module):
+    """A gated MLP, silu(a) * b (arXiv 2002.05202); its hidden width is two thirds of `hidden`, in eights."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        hidden = (hidden * 2 // 3 + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
 class LayerScale(nn.Module):
     """A learned gain for each channel of a residual branch (arXiv 2103.17239)."""
 
@@ -130,15 +163,32 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale on both branches."""
+    """Pre-norm transformer block with LayerScale on both branches.
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, init_values: float, qk_norm: bool) -> None:
+    Args:
+        dim, num_heads, mlp_ratio, init_values: sizes, and what LayerScale starts with.
+        qk_norm: LayerNorm on queries and keys.
+        eps: of the two norms of the block; those of queries and keys have PyTorch's.
+        swiglu: a gated MLP instead of GELU's.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        init_values: float,
+        qk_norm: bool,
+        *,
+        eps: float = 1e-5,
+        swiglu: bool = False,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads, qk_norm)
         self.ls1 = LayerScale(dim, init_values)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = (SwiGLU if swiglu else Mlp)(dim, int(dim * mlp_ratio))
         self.ls2 = LayerScale(dim, init_values)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:

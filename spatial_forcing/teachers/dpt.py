@@ -6,16 +6,36 @@ Shapes: N images (batch x views), h x w patch grid, H x W pixels, D aggregator c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatial_forcing.teachers.vggt.config import DPTConfig
-
 POSITION_SCALE = 0.1
 POSITION_BASE = 100.0
+
+
+@dataclass(frozen=True)
+class DPTConfig:
+    """A dense head (DPT, arXiv 2103.13413).
+
+    Attributes:
+        features: channels in the fusion path.
+        out_channels: channels of the four pyramid levels, finest first.
+        layers: the four layers that feed it.
+        down_ratio: input size over output size of the dense map.
+        pos_embed: add a small sin-cos position embedding to each level and to the fused map.
+        hidden_channels: channels of the last hidden convolution, at full resolution.
+    """
+
+    features: int = 256
+    out_channels: tuple[int, int, int, int] = (256, 512, 1024, 1024)
+    layers: tuple[int, int, int, int] = (4, 11, 17, 23)
+    down_ratio: int = 1
+    pos_embed: bool = True
+    hidden_channels: int = 32
 
 
 def _inverse_log(x: Tensor) -> Tensor:
@@ -49,32 +69,41 @@ def position_map(channels: int, height: int, width: int, aspect: float, device: 
     return torch.cat([x, y])
 
 
+def add_position(x: Tensor, aspect: float) -> Tensor:
+    """`x` (N, channels, H, W) with a tenth of `position_map` added."""
+    channels, height, width = x.shape[1:]
+    return x + POSITION_SCALE * position_map(channels, height, width, aspect, x.device).to(x.dtype)
+
+
 class ResidualConvUnit(nn.Module):
     """Two ReLU-first convolutions with a skip.
 
-    The published weights were trained with an in-place first ReLU, so the skip carries relu(x), not x.
+    Args:
+        features: channels.
+        relu_skip: the skip carries relu(x), not x: VGGT's weights were trained with an in-place first ReLU.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, relu_skip: bool = True) -> None:
         super().__init__()
+        self.relu_skip = relu_skip
         self.conv1 = nn.Conv2d(features, features, 3, padding=1)
         self.conv2 = nn.Conv2d(features, features, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, features, H, W) -> the same shape."""
-        x = F.relu(x)
-        return self.conv2(F.relu(self.conv1(x))) + x
+        first = F.relu(x)
+        return self.conv2(F.relu(self.conv1(first))) + (first if self.relu_skip else x)
 
 
 class FusionBlock(nn.Module):
     """Adds a finer level to the running map, refines it and resizes it to the next level."""
 
-    def __init__(self, features: int, has_residual: bool = True) -> None:
+    def __init__(self, features: int, has_residual: bool = True, relu_skip: bool = True) -> None:
         super().__init__()
         self.out_conv = nn.Conv2d(features, features, 1)
         if has_residual:
-            self.resConfUnit1 = ResidualConvUnit(features)
-        self.resConfUnit2 = ResidualConvUnit(features)
+            self.resConfUnit1 = ResidualConvUnit(features, relu_skip)
+        self.resConfUnit2 = ResidualConvUnit(features, relu_skip)
 
     def forward(self, x: Tensor, level: Tensor | None, size: tuple[int, int]) -> Tensor:
         """`x` and `level` (N, features, H, W); the result has `size` pixels."""
@@ -84,19 +113,31 @@ class FusionBlock(nn.Module):
         return self.out_conv(x)
 
 
-class Scratch(nn.Module):
-    """The fusion path from four pyramid levels to one map (its name is the checkpoint's)."""
+def resize_layers(channels: Sequence[int]) -> nn.ModuleList:
+    """Four maps on the patch grid to a pyramid of 4, 2, 1 and half its size."""
+    return nn.ModuleList(
+        [
+            nn.ConvTranspose2d(channels[0], channels[0], 4, stride=4),
+            nn.ConvTranspose2d(channels[1], channels[1], 2, stride=2),
+            nn.Identity(),
+            nn.Conv2d(channels[3], channels[3], 3, stride=2, padding=1),
+        ]
+    )
 
-    def __init__(self, config: DPTConfig, output_dim: int) -> None:
+
+class Scratch(nn.Module):
+    """The fusion path from four pyramid levels to one map (its name is the checkpoints')."""
+
+    def __init__(self, config: DPTConfig, output_dim: int, relu_skip: bool = True) -> None:
         super().__init__()
         features = config.features
         self.layer1_rn, self.layer2_rn, self.layer3_rn, self.layer4_rn = (
             nn.Conv2d(channels, features, 3, padding=1, bias=False) for channels in config.out_channels
         )
-        self.refinenet1 = FusionBlock(features)
-        self.refinenet2 = FusionBlock(features)
-        self.refinenet3 = FusionBlock(features)
-        self.refinenet4 = FusionBlock(features, has_residual=False)
+        self.refinenet1 = FusionBlock(features, relu_skip=relu_skip)
+        self.refinenet2 = FusionBlock(features, relu_skip=relu_skip)
+        self.refinenet3 = FusionBlock(features, relu_skip=relu_skip)
+        self.refinenet4 = FusionBlock(features, has_residual=False, relu_skip=relu_skip)
         self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
         self.output_conv2 = nn.Sequential(
             nn.Conv2d(features // 2, config.hidden_channels, 3, padding=1),
@@ -106,16 +147,23 @@ class Scratch(nn.Module):
 
     def fuse(self, pyramid: Sequence[Tensor]) -> Tensor:
         """Four levels, finest first -> (N, features / 2, 2 H, 2 W) for a finest level of H x W."""
-        level1, level2, level3 = (
-            self.layer1_rn(pyramid[0]),
-            self.layer2_rn(pyramid[1]),
-            self.layer3_rn(pyramid[2]),
-        )
-        x = self.refinenet4(self.layer4_rn(pyramid[3]), None, level3.shape[2:])
-        x = self.refinenet3(x, level3, level2.shape[2:])
-        x = self.refinenet2(x, level2, level1.shape[2:])
-        height, width = level1.shape[2:]
-        return self.output_conv1(self.refinenet1(x, level1, (2 * height, 2 * width)))
+        blocks = (self.refinenet1, self.refinenet2, self.refinenet3, self.refinenet4)
+        return self.output_conv1(top_down(self.reduce(pyramid), blocks))
+
+    def reduce(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
+        """Four levels to `features` channels each."""
+        reducers = (self.layer1_rn, self.layer2_rn, self.layer3_rn, self.layer4_rn)
+        return [reduce(level) for reduce, level in zip(reducers, pyramid, strict=True)]
+
+
+def top_down(levels: Sequence[Tensor], blocks: Sequence[nn.Module]) -> Tensor:
+    """Four levels of equal channels and their fusion blocks, finest first -> twice the finest size."""
+    height, width = levels[0].shape[2:]
+    sizes = [(2 * height, 2 * width), *(level.shape[2:] for level in levels[:-1])]
+    x = blocks[3](levels[3], None, sizes[3])
+    for number in (2, 1, 0):
+        x = blocks[number](x, levels[number], sizes[number])
+    return x
 
 
 class DPTHead(nn.Module):
@@ -143,14 +191,7 @@ class DPTHead(nn.Module):
         c = config.out_channels
         self.norm = nn.LayerNorm(dim)
         self.projects = nn.ModuleList(nn.Conv2d(dim, channels, 1) for channels in c)
-        self.resize_layers = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(c[0], c[0], 4, stride=4),
-                nn.ConvTranspose2d(c[1], c[1], 2, stride=2),
-                nn.Identity(),
-                nn.Conv2d(c[3], c[3], 3, stride=2, padding=1),
-            ]
-        )
+        self.resize_layers = resize_layers(c)
         self.scratch = Scratch(config, output_dim)
 
     def forward(self, patches: Sequence[Tensor], image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -177,7 +218,4 @@ class DPTHead(nn.Module):
         return self.activation(x[..., :-1]), 1 + x[..., -1].exp()
 
     def _add_position(self, x: Tensor, aspect: float) -> Tensor:
-        if not self.config.pos_embed:
-            return x
-        channels, height, width = x.shape[1:]
-        return x + POSITION_SCALE * position_map(channels, height, width, aspect, x.device).to(x.dtype)
+        return add_position(x, aspect) if self.config.pos_embed else x
