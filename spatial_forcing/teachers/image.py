@@ -1,4 +1,4 @@
-"""2D teachers through transformers: DINOv2, SigLIP, Depth Anything V2. They see every view alone.
+"""Teachers through transformers: DINO, SigLIP, V-JEPA, RADIO, depth models. They see every view alone.
 
 The controls for a 3D teacher: the paper's ablation aligns with DINOv2 and SigLIP instead of VGGT.
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -20,7 +20,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from spatial_forcing.alignment import Views
-from spatial_forcing.errors import CheckpointError
+from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.teachers.cards import (
     RANDOM,
     RANDOM_LICENCE,
@@ -48,7 +48,10 @@ class Family:
         blocks: the transformer's blocks.
         norm: its final norm, applied to every layer's output, as DINOv2's own feature extraction does.
         mean, std: of the pixels, where the checkpoint names none.
-        call: further arguments of the transformer's forward.
+        inputs: arguments of the transformer's forward, from normalised pixels (N, 3, H, W) and its config.
+        own_pixels: the network normalises pixels itself and is given [0, 1].
+        fixed: it knows the positions of one square grid only.
+        needs: the first version of transformers that has it, where this package accepts earlier ones.
     """
 
     model: str
@@ -57,31 +60,116 @@ class Family:
     norm: Callable[[Any], nn.Module]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    call: Mapping[str, Any] | None = None
+    inputs: Callable[[Tensor, Any], Mapping[str, Any]] = lambda pixels, _: {"pixel_values": pixels}
+    own_pixels: bool = False
+    fixed: bool = False
+    needs: str | None = None
 
 
-def _dino(model: str, core: Callable[[Any], nn.Module] = lambda model: model) -> Family:
-    return Family(model, core, lambda vit: vit.encoder.layer, lambda vit: vit.layernorm)
+def _whole(model: Any) -> nn.Module:
+    return cast(nn.Module, model)
 
 
-_SIGLIP = Family(
-    "SiglipVisionModel",
-    lambda model: model,
-    lambda model: getattr(model, "vision_model", model).encoder.layers,
-    lambda model: getattr(model, "vision_model", model).post_layernorm,
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-    call={"interpolate_pos_encoding": True},
+def _dino(model: str, core: Callable[[Any], nn.Module] = _whole, needs: str | None = None) -> Family:
+    return Family(model, core, lambda vit: vit.encoder.layer, lambda vit: vit.layernorm, needs=needs)
+
+
+def _siglip(model: str, inputs: Callable[[Tensor, Any], Mapping[str, Any]]) -> Family:
+    def inner(model: Any) -> Any:  # transformers dropped the level in between
+        return getattr(model, "vision_model", model)
+
+    return Family(
+        model,
+        _whole,
+        lambda model: inner(model).encoder.layers,
+        lambda model: inner(model).post_layernorm,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        inputs=inputs,
+    )
+
+
+def _patchified(pixels: Tensor, config: Any) -> dict[str, Tensor]:
+    """What SigLIP 2 of any aspect ratio takes: flat patches, channels last, and how many rows and columns."""
+    patch = config.patch_size
+    grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+    cells = pixels.unflatten(-1, (grid[1], patch)).unflatten(2, (grid[0], patch))
+    patches = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
+    mask = torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device)
+    return {"pixel_values": patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
+
+
+def _still(pixels: Tensor, config: Any) -> dict[str, Any]:
+    """A video of one token's length in which nothing moves."""
+    video = pixels[:, None].expand(-1, config.tubelet_size, -1, -1, -1)
+    return {"pixel_values_videos": video, "skip_predictor": True}
+
+
+def _beit_blocks(backbone: Any) -> Sequence[nn.Module]:
+    vit = getattr(backbone, "beit", backbone)  # transformers moved the blocks twice
+    return cast(Sequence[nn.Module], vit.layers if hasattr(vit, "layers") else vit.encoder.layer)
+
+
+_SIGLIP = _siglip(
+    "SiglipVisionModel", lambda pixels, _: {"pixel_values": pixels, "interpolate_pos_encoding": True}
+)
+_SIGLIP2 = _siglip("Siglip2VisionModel", _patchified)
+_TIPS = Family(
+    "Tipsv2VisionModel",
+    _whole,
+    lambda vit: vit.encoder.layer,
+    lambda vit: vit.layernorm,
+    own_pixels=True,  # it was trained on [0, 1]
+    needs="5.16",
 )
 
 FAMILIES: dict[str, Family] = {
     "dinov2": _dino("Dinov2Model"),
     "dinov2_with_registers": _dino("Dinov2WithRegistersModel"),
     "depth_anything": _dino("DepthAnythingForDepthEstimation", lambda model: model.backbone),
+    "depth_pro": _dino(
+        "DepthProForDepthEstimation", lambda model: model.depth_pro.encoder.image_encoder.model
+    ),
+    "dinov3_vit": Family(
+        "DINOv3ViTModel", _whole, lambda vit: getattr(vit, "model", vit).layer, lambda vit: vit.norm
+    ),
+    "radio": Family(
+        "RadioModel",
+        _whole,
+        lambda model: model.encoder.layer,
+        lambda _: nn.Identity(),
+        own_pixels=True,
+        needs="5.16",
+    ),
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
+    "siglip2": _SIGLIP2,
+    "siglip2_vision_model": _SIGLIP2,
+    "tipsv2": _TIPS,
+    "tipsv2_vision_model": _TIPS,
+    "vjepa2": Family(
+        "VJEPA2Model",
+        _whole,
+        lambda model: model.encoder.layer,
+        lambda model: model.encoder.layernorm,
+        inputs=_still,
+        fixed=True,
+    ),
+    "zoedepth": Family(
+        "ZoeDepthForDepthEstimation",
+        lambda model: model.backbone,
+        _beit_blocks,
+        lambda _: nn.Identity(),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    ),
 }
 """By `model_type` of the checkpoint's `config.json`."""
+
+
+DEFAULT_RESOLUTION = 256
+"""Of a checkpoint that takes every size and names none: SigLIP 2's any-aspect models have 256 patches."""
 
 
 class _Enough(Exception):
@@ -168,6 +256,15 @@ class ImageTeacher(FrozenTeacher):
         tokens = views * (8 + (height // self.patch) * (width // self.patch))
         return int(4 * tokens * (config.hidden_size * (8 + layers) + 2 * hidden))
 
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        size = super()._size(height, width)
+        if self.family.fixed and self.framing != "pad" and size[0] != size[1]:
+            raise ConfigError(
+                f"{self.name!r} encodes square views only, and these are {height} x {width}; load it with "
+                "framing='pad' (`cache build --framing pad`)."
+            )
+        return size
+
     def _frame(self, images: Tensor, valid: Tensor) -> Framed:
         return frame(images, valid, self.resolution, self.patch, self.framing, antialias=True)
 
@@ -208,7 +305,7 @@ class ImageTeacher(FrozenTeacher):
                 hook = self._blocks[layer].register_forward_hook(lambda _, __, out, k=layer: keep(k, out))
                 hooks.callback(hook.remove)
             with suppress(_Enough):
-                self.model(pixel_values=(images - mean) / std, **(self.family.call or {}))
+                self.model(**self.family.inputs((images - mean) / std, self.model.config))
             norm = self.family.norm(self.model)
             return {layer: norm(output.float()).float() for layer, output in outputs.items()}
 
@@ -251,16 +348,22 @@ def load_image_teacher(
         family,
         name=RANDOM + source if random_weights else source,
         licence=RANDOM_LICENCE if random_weights else card.licence if card is not None else UNKNOWN_LICENCE,
-        resolution=own // patch * patch if resolution is None else resolution,
-        mean=settings.get("image_mean", family.mean),
-        std=settings.get("image_std", family.std),
+        resolution=_resolution(source, family, own // patch * patch, resolution),
+        mean=(0.0,) * 3 if family.own_pixels else settings.get("image_mean", family.mean),
+        std=(1.0,) * 3 if family.own_pixels else settings.get("image_std", family.std),
         dtype=dtype,
         **options,
     )
 
 
+def _resolution(source: str, family: Family, own: int, asked: int | None) -> int:
+    if family.fixed and asked not in (None, own):
+        raise ConfigError(f"{source!r} encodes {own} px only, not {asked}; leave the resolution out.")
+    return own if asked is None else asked
+
+
 def _pretrained(source: str, family: Family) -> Any:
-    kind = getattr(transformers, family.model)
+    kind = _class(family)
     try:
         model, report = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -277,8 +380,19 @@ def _pretrained(source: str, family: Family) -> Any:
     return model
 
 
+def _class(family: Family) -> Any:
+    kind = getattr(transformers, family.model, None)
+    if kind is None:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} has no {family.model}; install "
+            f"transformers>={family.needs}. Where another package forbids that, build a feature cache in an "
+            "environment of its own (docs/teachers.md): training reads the cache alone."
+        )
+    return kind
+
+
 def _random(source: str, family: Family) -> Any:
-    kind = getattr(transformers, family.model)
+    kind = _class(family)
     with random_stream(0):
         return kind(kind.config_class.from_pretrained(source))
 
@@ -286,7 +400,10 @@ def _random(source: str, family: Family) -> Any:
 def _own_resolution(settings: Mapping[str, Any], config: Any) -> int:
     """What the checkpoint's image processor produces, else what the model was trained at."""
     size = settings.get("crop_size") or settings.get("size") or {}
-    return int(size.get("height", config.image_size) if isinstance(size, Mapping) else size)
+    if isinstance(size, Mapping):
+        own = getattr(config, "image_size", None) or getattr(config, "crop_size", DEFAULT_RESOLUTION)
+        return int(size.get("height", own))
+    return int(size)
 
 
 def _read_json(source: str, name: str, optional: bool = False) -> dict[str, Any]:
@@ -309,6 +426,27 @@ def _card(name: str, licence: str, note: str, commercial: str | None = None) -> 
 _card("facebook/dinov2-base", "Apache-2.0", "2D control: DINOv2 ViT-B, 768 channels.")
 _card("facebook/dinov2-large", "Apache-2.0", "2D control: DINOv2 ViT-L, 1024 channels.")
 _card("facebook/dinov2-with-registers-large", "Apache-2.0", "2D control: DINOv2 ViT-L with registers.")
+_card(
+    "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    "LicenseRef-DINOv3",
+    "2D: DINOv3 ViT-B, 768 channels; gated: accept its licence on the hub first.",
+)
+_card(
+    "facebook/dinov3-vitl16-pretrain-lvd1689m",
+    "LicenseRef-DINOv3",
+    "2D: DINOv3 ViT-L, 1024 channels; gated: accept its licence on the hub first.",
+)
+_card("facebook/vjepa2-vitl-fpc64-256", "MIT", "2D: V-JEPA 2 ViT-L on a still, 1024 channels, 256 px square.")
+_card("nvidia/C-RADIOv4-H", "LicenseRef-NVIDIA-Open-Model", "2D: RADIO ViT-H, 1280 channels.")
+_card("google/tipsv2-b14", "LicenseRef-see-its-card", "2D: TIPSv2 ViT-B, 768 channels.")
+_card("google/siglip2-base-patch16-224", "Apache-2.0", "2D: SigLIP 2 ViT-B, 768 channels.")
+_card("google/siglip2-so400m-patch14-384", "Apache-2.0", "2D: SigLIP 2 so400m, 1152 channels.")
+_card(
+    "apple/DepthPro-hf",
+    "LicenseRef-Apple-AMLR",
+    "2D: Depth Pro's image encoder, 1024 channels. Research only.",
+)
+_card("Intel/zoedepth-nyu-kitti", "MIT", "2D: ZoeDepth's BEiT-L encoder, 1024 channels.")
 _card("google/siglip-base-patch16-224", "Apache-2.0", "2D control: SigLIP ViT-B, 768 channels.")
 _card("google/siglip-so400m-patch14-384", "Apache-2.0", "2D control: SigLIP so400m, 1152 channels.")
 _card(

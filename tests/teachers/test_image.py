@@ -44,12 +44,78 @@ def depth_anything():
     return transformers.DepthAnythingForDepthEstimation(config)
 
 
+def dinov3():
+    return transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**SIGLIP, num_register_tokens=2))
+
+
+def siglip2():
+    vision = {**VIT, "patch_size": 16, "intermediate_size": 64, "num_patches": 16}
+    return transformers.Siglip2Model(transformers.Siglip2Config(text_config=TEXT, vision_config=vision))
+
+
+def siglip2_vision():
+    vision = {**VIT, "patch_size": 16, "intermediate_size": 64, "num_patches": 16}
+    return transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**vision))
+
+
+def vjepa2():
+    predictor = {"pred_hidden_size": 24, "pred_num_hidden_layers": 1, "pred_num_attention_heads": 2}
+    return transformers.VJEPA2Model(
+        transformers.VJEPA2Config(**VIT, crop_size=48, patch_size=16, **predictor)
+    )
+
+
+def radio():
+    return transformers.RadioModel(
+        transformers.RadioConfig(**VIT, patch_size=16, image_size=48, max_img_size=96)
+    )
+
+
+def tipsv2_vision():
+    return transformers.Tipsv2VisionModel(transformers.Tipsv2VisionConfig(**DINO))
+
+
+def tipsv2():
+    text = {**TEXT, "hidden_size": WIDTH, "num_attention_heads": 2}
+    return transformers.Tipsv2Model(transformers.Tipsv2Config(text_config=text, vision_config=DINO))
+
+
+def depth_pro():
+    vit = {**VIT, "model_type": "dinov2", "image_size": 48, "patch_size": 16}
+    config = transformers.DepthProConfig(
+        image_model_config=vit, patch_model_config=vit, fov_model_config=vit, patch_size=48,
+        intermediate_hook_ids=[1, 0], intermediate_feature_dims=[8, 8], scaled_images_feature_dims=[8, 8, 8],
+        fusion_hidden_size=8,
+    )  # fmt: skip
+    return transformers.DepthProForDepthEstimation(config)
+
+
+def zoedepth():
+    backbone = transformers.BeitConfig(
+        **{**VIT, "intermediate_size": 64}, image_size=48, patch_size=16, out_indices=[0, 1, 2, 3],
+        use_relative_position_bias=True, reshape_hidden_states=False,
+    )  # fmt: skip
+    sizes = {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "bottleneck_features": 8}
+    return transformers.ZoeDepthForDepthEstimation(
+        transformers.ZoeDepthConfig(backbone_config=backbone, **sizes)
+    )
+
+
 KINDS = {
     "dinov2": (dinov2, 14, 70),
     "dinov2_with_registers": (with_registers, 14, 70),
     "siglip": (siglip, 16, 48),
     "siglip_vision_model": (siglip_vision, 16, 48),
     "depth_anything": (depth_anything, 14, 70),
+    "depth_pro": (depth_pro, 16, 48),
+    "dinov3_vit": (dinov3, 16, 48),
+    "radio": (radio, 16, 48),
+    "siglip2": (siglip2, 16, 256),
+    "siglip2_vision_model": (siglip2_vision, 16, 256),
+    "tipsv2": (tipsv2, 14, 70),
+    "tipsv2_vision_model": (tipsv2_vision, 14, 70),
+    "vjepa2": (vjepa2, 16, 48),
+    "zoedepth": (zoedepth, 16, 48),
 }
 
 
@@ -82,7 +148,7 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_become_teachers(checkpoints, kind):
     _, patch, resolution = KINDS[kind]
-    teacher = load_teacher(checkpoints / kind)
+    teacher = load_teacher(checkpoints / kind, framing="pad" if image.FAMILIES[kind].fixed else "fit")
     assert isinstance(teacher, Teacher)
     facts = (teacher.dim, teacher.depth, teacher.patch, teacher.resolution)
     assert facts == (WIDTH, LAYERS, patch, resolution)
@@ -100,6 +166,33 @@ def normalised(teacher, pixels):
     return (pixels - mean) / std
 
 
+def outputs_of(kind, whole, pixels):
+    """The first and the last block's output through the final norm, by transformers' own forward."""
+    norm = image.FAMILIES[kind].norm
+    if kind in ("depth_anything", "zoedepth", "depth_pro"):
+        vit = whole.depth_pro.encoder.image_encoder.model if kind == "depth_pro" else whole.backbone
+        hidden = vit(pixels, output_hidden_states=True).hidden_states
+        return [norm(vit)(hidden[k]) for k in (1, -1)]
+    if kind == "vjepa2":
+        video = torch.stack([pixels, pixels], dim=1)
+        output = whole(video, skip_predictor=True, output_hidden_states=True)
+    elif kind.startswith("siglip2"):
+        rows, columns = (side // 16 for side in pixels.shape[-2:])
+        cut = [
+            pixels[:, :, 16 * r : 16 * r + 16, 16 * c : 16 * c + 16].permute(0, 2, 3, 1).flatten(1)
+            for r in range(rows) for c in range(columns)
+        ]  # fmt: skip
+        output = whole(
+            torch.stack(cut, dim=1),
+            pixel_attention_mask=torch.ones(len(pixels), rows * columns),
+            spatial_shapes=torch.tensor([[rows, columns]] * len(pixels)),
+            output_hidden_states=True,
+        )
+    else:
+        output = whole(pixels, output_hidden_states=True)
+    return [norm(whole)(output.hidden_states[1]), output.last_hidden_state]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_features_are_those_of_transformers(checkpoints, kind):
@@ -109,14 +202,7 @@ def test_features_are_those_of_transformers(checkpoints, kind):
     first, last = (f.flatten(2, 3)[:, 0] for f in teacher.features(Views.create(pixels), (0, -1)))
     whole = getattr(transformers, image.FAMILIES[kind].model).from_pretrained(checkpoints / kind).eval()
     inputs = normalised(teacher, pixels[:, 0])
-    if kind == "depth_anything":
-        backbone = whole.backbone
-        hidden = backbone(inputs, output_hidden_states=True).hidden_states
-        expected = [backbone.layernorm(hidden[k]) for k in (1, -1)]
-    else:
-        output = whole(inputs, output_hidden_states=True)
-        norm = image.FAMILIES[kind].norm(whole)
-        expected = [norm(output.hidden_states[1]), output.last_hidden_state]
+    expected = outputs_of(kind, whole, inputs)
     for ours, theirs in zip((first, last), expected, strict=True):
         torch.testing.assert_close(ours, theirs[:, -ours.shape[1] :], atol=1e-5, rtol=1e-5)
 
@@ -204,6 +290,19 @@ def test_random_weights_are_the_same_every_time_and_leave_the_stream_alone(check
     assert "weights under Apache-2.0" not in caplog.text  # there is no one's licence to announce
 
 
+def test_a_fixed_grid_is_said_before_anything_is_encoded(checkpoints):
+    with pytest.raises(ConfigError, match="encodes 48 px only, not 64"):
+        load_teacher(checkpoints / "vjepa2", resolution=64)
+    with pytest.raises(ConfigError, match=r"these are 40 x 60; .*framing='pad'"):
+        load_teacher(checkpoints / "vjepa2").features(Views.create(images()))
+
+
+def test_a_class_that_this_transformers_lacks_names_the_version_and_the_way_round(checkpoints, monkeypatch):
+    monkeypatch.setattr(transformers, "RadioModel", None)
+    with pytest.raises(CheckpointError, match=r"no RadioModel; install transformers>=5\.16.*cache"):
+        load_teacher(checkpoints / "radio")
+
+
 def test_missing_weights_and_foreign_kinds_are_refused(checkpoints, tmp_path):
     model = dinov2()
     state = {k: v for k, v in model.state_dict().items() if "layer.1.mlp" not in k}
@@ -211,10 +310,11 @@ def test_missing_weights_and_foreign_kinds_are_refused(checkpoints, tmp_path):
     with pytest.raises(CheckpointError, match=r"lacks 4 weights of Dinov2Model: encoder\.layer\.1\.mlp"):
         load_teacher(tmp_path / "torn")
     (tmp_path / "torn" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match=r"'bert'.*2D teachers are depth_anything, dinov2"):
+    with pytest.raises(CheckpointError, match=r"'bert'.*2D teachers are depth_anything, depth_pro"):
         image.load_image_teacher(
-            str(tmp_path / "torn"), None, resolution=None, dtype=torch.float32, device="cpu", heads=False
-        )
+            str(tmp_path / "torn"), None, resolution=None, dtype=torch.float32, device="cpu", heads=False,
+            variant={},
+        )  # fmt: skip
 
 
 def test_controls_are_registered_with_their_licences():
