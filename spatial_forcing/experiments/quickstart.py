@@ -168,9 +168,7 @@ def long(config: QuickstartConfig) -> QuickstartConfig:
         seeds=tuple(range(first, first + 5)),
         demos=32,
         held_out=0.25,
-        alpha=0.5,
-        batch_size=16,
-        steps=800,
+        steps=1600,
         episodes=20,
     )
 
