@@ -2,8 +2,8 @@
 
 OMP_NUM_THREADS=1 python -m benchmarks.teacher_cost
 
-Weights are constant: times do not depend on them, and nothing is downloaded. `spatial-forcing teacher list` shows
-the ratios (`TeacherFacts.cost`), the parameters that run and the channels, all of which this prints.
+Weights are constant: times do not depend on them, and nothing is downloaded. `spatial-forcing teacher list`
+shows the ratios (`TeacherFacts.cost`), the parameters that run and the channels, all of which this prints.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ IMAGE_TEACHERS: Mapping[str, tuple[str, dict[str, Any], int]] = {
     ),
     "facebook/vjepa2-vitl-fpc64-256": ("vjepa2", {**LARGE, "crop_size": 256, "patch_size": 16}, 256),
     "nvidia/C-RADIOv4-H": (
-        "radio", {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 16}, 224,
+        "radio",
+        {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 16}, 224,
     ),
     "google/tipsv2-b14": ("tipsv2_vision_model", {**BASE, "patch_size": 14, "image_size": 448}, 448),
     "google/siglip2-base-patch16-224": ("siglip_vision_model", SIGLIP_BASE, 224),

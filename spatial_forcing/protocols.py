@@ -212,6 +212,19 @@ class FilmedEnv(Protocol):
 
 
 @runtime_checkable
+class DeferredEnv(Protocol):
+    """An `Env` whose images can be drawn later, so that an episode that is thrown away is never drawn."""
+
+    def moment(self) -> Any:
+        """What drawing this moment takes; small."""
+        ...
+
+    def draw(self, moment: Any) -> Mapping[str, tuple[NDArray[np.uint8], NDArray[np.float32]]]:
+        """By camera, the image (H, W, 3) and the depth (H, W) in metres, as they were at that moment."""
+        ...
+
+
+@runtime_checkable
 class ExpertEnv(Protocol):
     """An `Env` that has a scripted expert, so that demonstrations can be recorded in it."""
 

@@ -29,7 +29,7 @@ from spatial_forcing.data.writer import DatasetWriter
 from spatial_forcing.envs.base import DEMONSTRATION_SEEDS, expand_tasks, make_env, suite_of
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
 from spatial_forcing.progress import progress_bar
-from spatial_forcing.protocols import ExpertEnv
+from spatial_forcing.protocols import DeferredEnv, ExpertEnv
 from spatial_forcing.storage import require_disk, write_json
 
 RECORDING_FILE = "meta/recording.json"
@@ -198,24 +198,41 @@ def demonstrate(config: RecordConfig, info: DatasetInfo, env: Any, slot: int) ->
 
 
 def _attempt(config: RecordConfig, env: Any, encoder: EpisodeEncoder, seed: int) -> bool:
-    """Play the expert until `settle_steps` frames after the first success; False when it fails."""
+    """Play the expert until `settle_steps` frames after the first success; False when it fails.
+
+    Images take most of an episode's time: where they can be drawn later, a failed attempt has none.
+    """
     observation, _ = env.reset(seed=seed)
     expert = env.expert()
     solved, left = False, config.settle_steps
     pushes = disturbances(config.noise, int(env.action_space.shape[0]), seed)
+    undrawn: list[tuple[Any, dict[str, Any], str]] = []
     for _ in range(env.horizon):
-        frame = {"images": dict(observation["images"]), "state": observation["state"]}
+        frame: dict[str, Any] = {"state": observation["state"]}
         if config.depth:
-            frame["depth"] = {camera: env.depth(camera) for camera in config.views}
             frame["extrinsics"] = {c: env.camera_parameters(c)[1] for c in config.views}
         action = np.clip(expert.action(env), -1, 1)
-        encoder.add({**frame, "action": action}, observation["task"])
+        frame["action"] = action
+        if isinstance(env, DeferredEnv):
+            undrawn.append((env.moment(), frame, observation["task"]))
+        else:
+            frame["images"] = dict(observation["images"])
+            if config.depth:
+                frame["depth"] = {camera: env.depth(camera) for camera in config.views}
+            encoder.add(frame, observation["task"])
         pushed = np.clip(action + next(pushes), -1, 1).astype(np.float32)
         observation, _, terminated, truncated, info = env.step(pushed)
         solved = solved or bool(info["success"])
         left -= solved
         if left < 0 or terminated or truncated:
             break
+    if solved:
+        for moment, frame, task in undrawn:
+            drawn = env.draw(moment)
+            frame["images"] = {camera: drawn[camera][0] for camera in config.views}
+            if config.depth:
+                frame["depth"] = {camera: drawn[camera][1] for camera in config.views}
+            encoder.add(frame, task)
     return solved
 
 

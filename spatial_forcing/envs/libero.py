@@ -162,8 +162,8 @@ class LiberoEnv(RobosuiteSim):
         turn = quat_to_axis_angle(raw["robot0_eef_quat"], self._rotation)
         return np.concatenate([raw["robot0_eef_pos"], turn, raw["robot0_gripper_qpos"]]).astype(np.float32)
 
-    def _deliver(self, camera: str, frame: Frame) -> Frame:
-        rgb = self._perturbation.noise(frame[0], self._steps or 0, camera)
+    def _deliver(self, camera: str, frame: Frame, steps: int) -> Frame:
+        rgb = self._perturbation.noise(frame[0], steps, camera)
         return oriented(rgb, self._orientation), oriented(frame[1], self._orientation)
 
 

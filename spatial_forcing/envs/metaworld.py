@@ -131,7 +131,7 @@ class MetaWorldEnv(SimulatedEnv):
     def _state(self) -> NDArray[np.float32]:
         return self._full[:STATE_DIM].astype(np.float32)
 
-    def _deliver(self, camera: str, frame: Frame) -> Frame:
+    def _deliver(self, camera: str, frame: Frame, steps: int) -> Frame:
         rgb, depth = frame
         return (_turned(rgb), _turned(depth)) if camera in ROTATED_CAMERAS else frame
 

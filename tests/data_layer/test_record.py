@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -124,6 +125,38 @@ def test_failed_attempts_are_repeated_with_the_next_seed_and_counted(config, mon
     assert log["seeds"] == {"0": 0, "1": 1 + 2 * SEED_STRIDE}
     assert log["failures"] == {"reach-v3": 2}
     assert len(Dataset.open(root).episodes) == 2
+
+
+class LaterEnv(CountingEnv):
+    """Draws later; counts what it drew."""
+
+    drawn: ClassVar[list] = []
+
+    def _observe(self):
+        return super()._observe() | {"images": None}
+
+    def moment(self):
+        return self.seed, self.steps
+
+    def draw(self, moment):
+        self.drawn.append(moment)
+        seed, steps = moment
+        image = np.full((self.size, self.size, 3), (seed * 7 + steps) % 256, np.uint8)
+        return {"front": (image, np.full((self.size, self.size), 1.5, np.float32))}
+
+
+def test_attempts_that_fail_are_never_drawn(config, monkeypatch):
+    settings = config(depth=True, workers=1)
+    first = DEMONSTRATION_SEEDS[0]
+    monkeypatch.setattr(record, "make_env", partial(CountingEnv, hopeless=(first,)))
+    inline = Dataset.open(record.record(settings))
+    monkeypatch.setattr(record, "make_env", partial(LaterEnv, hopeless=(first,)))
+    LaterEnv.drawn.clear()
+    later = Dataset.open(record.record(replace(settings, root=settings.root.parent / "later")))
+    assert first not in {seed for seed, _ in LaterEnv.drawn}
+    assert len(LaterEnv.drawn) == len(later) == len(inline)
+    for episode in range(len(inline.episodes)):
+        assert later.content_hash(episode) == inline.content_hash(episode)
 
 
 def test_a_task_that_the_expert_cannot_solve_is_named(config, monkeypatch):

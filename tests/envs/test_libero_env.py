@@ -13,6 +13,7 @@ from spatial_forcing.envs.simulated import FILM_SIZE
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.protocols import Env, FilmedEnv
 from tests.envs.libero_case import needs_libero, use_assets
+from tests.envs.moments import check_drawn_later
 
 pytestmark = needs_libero
 TASK = "libero_spatial-0"
@@ -229,3 +230,7 @@ def test_other_suites_start_from_their_official_states(setup, task):
         assert not info["success"]
     finally:
         env.close()
+
+
+def test_moments_drawn_later_look_as_they_did(env):
+    check_drawn_later(env)

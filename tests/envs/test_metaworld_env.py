@@ -15,6 +15,7 @@ from spatial_forcing.envs.metaworld_tasks import INSTRUCTIONS, OBJECT_FAMILIES, 
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
 from spatial_forcing.protocols import Env
 from spatial_forcing.training import METAWORLD_TASKS
+from tests.envs.moments import check_drawn_later
 
 pytest.importorskip("metaworld")
 
@@ -306,3 +307,7 @@ def test_families_are_the_tasks_that_share_meshes():
         assert not shared[name] & others, name
         if len(tasks) > 1:
             assert all(any(mesh_of[a] & mesh_of[b] for b in tasks if b != a) for a in tasks), name
+
+
+def test_moments_drawn_later_look_as_they_did(reach):
+    check_drawn_later(reach)

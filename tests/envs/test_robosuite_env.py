@@ -15,6 +15,7 @@ from spatial_forcing.envs.camera import project
 from spatial_forcing.envs.robosuite_tasks import TASKS
 from spatial_forcing.errors import ConfigError, DataError, EnvironmentSetupError
 from spatial_forcing.protocols import Env, ExpertEnv
+from tests.envs.moments import check_drawn_later
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("robosuite") is None, reason="robosuite is not installed (see docs/robosuite.md)"
@@ -178,3 +179,7 @@ def test_demonstrations_are_recorded_of_what_the_expert_solves(tmp_path):
     assert dataset.state.shape[1:] == (9,)
     assert dataset.action.shape[1:] == (7,)
     assert dataset.episodes[0].task == "lift the red cube"
+
+
+def test_moments_drawn_later_look_as_they_did(envs):
+    check_drawn_later(envs("robosuite-lift"))
