@@ -161,6 +161,21 @@ class Teacher(Protocol):
 
 
 @runtime_checkable
+class PartialTeacher(Protocol):
+    """A `Teacher` that may have nothing to say of some cells."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether a row of zeros means that: a token that reads such cells has no target."""
+        ...
+
+
+def is_partial(teacher: Teacher) -> bool:
+    """Whether a row of zeros means that the teacher has nothing to say of a cell."""
+    return isinstance(teacher, PartialTeacher) and teacher.partial
+
+
+@runtime_checkable
 class Env(Protocol):
     """A `gymnasium.Env` with our observation. `info["success"]` is a bool after every step."""
 

@@ -86,6 +86,7 @@ def build(options: tyro.conf.OmitArgPrefixes[BuildOptions]) -> None:
         framing=options.framing,
         memory=int(options.memory_gib * 2**30),
         compile=options.compile,
+        dataset=dataset,
     )
     build_cache(
         teacher,

@@ -76,12 +76,13 @@ def probe(options: tyro.conf.OmitArgPrefixes[ProbeOptions]) -> None:
                 tasks[what] = bar.add_task(what)
             bar.update(tasks[what], completed=done, total=total)
 
+        dataset = Dataset.open(options.dataset, keys=parse_keys(options.keys))
         result = probe_depth(
             students,
-            Dataset.open(options.dataset, keys=parse_keys(options.keys)),
+            dataset,
             layers=options.layers or range(depth + 1),
             floors=_floors(students) if options.random_floor else None,
-            teacher=None if options.teacher == "none" else load_teacher(options.teacher),
+            teacher=None if options.teacher == "none" else load_teacher(options.teacher, dataset=dataset),
             heads=options.heads,
             depth_source=_depth_source(options.depth_from),
             frames=options.frames,

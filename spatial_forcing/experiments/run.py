@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -167,11 +168,11 @@ def _cache(
     """The cache that the runs of a teacher share: of the episodes that one of them is trained on."""
     run = runs[0]
     episodes = sorted({number for each in runs for number in select_episodes(dataset, each)})
-    folder = config.output / "features" / teacher.replace("/", "--").replace(":", "-")
+    folder = config.output / "features" / re.sub(r"[^\w.-]", "-", teacher.replace("/", "--"))
     cameras = run.student.cameras
     images = DecodedStore.build(dataset, cameras, episodes=episodes).images
     source = dataset_source(dataset, cameras, images, episodes)
-    loaded = load_teacher(teacher, device=_device(run))
+    loaded = load_teacher(teacher, device=_device(run), dataset=dataset)
     build_cache(loaded, source, folder, layers=layers, cameras=cameras, batch_size=CACHE_BATCH)
     return folder
 

@@ -33,7 +33,7 @@ from spatial_forcing.forcing.projector import Projector
 from spatial_forcing.forcing.tap import Tap, check_trainable, in_sequence, width_of
 from spatial_forcing.forcing.target import make_targets, token_validity
 from spatial_forcing.forcing.teacher_ref import TeacherRef
-from spatial_forcing.protocols import Batch, Metrics, Teacher
+from spatial_forcing.protocols import Batch, Metrics, Teacher, is_partial
 
 Project = Callable[[Tensor, Tensor], Tensor]
 """(student tokens (B, N, D), valid (B, N)) -> teacher channels (B, N, C)."""
@@ -107,6 +107,12 @@ class SpatialForcing(nn.Module):
             self.projector = nn.ModuleList(Projector(width, teacher.dim, config.norm) for _ in self.pairs)
         else:
             self.projector = Projector(width, teacher.dim, config.norm)
+        self._partial = is_partial(teacher)
+        if self._partial and (config.subtract_cell_mean or config.standardise):
+            raise ConfigError(
+                f"{teacher.name!r} says nothing of some cells, which would enter the means of "
+                "forcing.subtract_cell_mean and forcing.standardise; set both to false."
+            )
         if config.subtract_cell_mean:
             self.cell_mean = CellMean(len(self._layers))
         if config.standardise:
@@ -291,8 +297,9 @@ class SpatialForcing(nn.Module):
             on_device = mask.to(state.device)
             projected = project(state, on_device)
             target = targets[layer].flatten(1, 3).to(state.device)
-            losses.append(alignment_loss(projected, target, on_device, weight))
-            cosines = sample_cosines(projected.detach(), target, on_device)
+            aimed = on_device & (target != 0).any(-1) if self._partial else on_device
+            losses.append(alignment_loss(projected, target, aimed, weight))
+            cosines = sample_cosines(projected.detach(), target, aimed)
             metrics[f"cosine/{name}"] = cosines.sum() * weight
         align_loss = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
         metrics["cosine"] = torch.stack(list(metrics.values())).mean()
@@ -338,6 +345,7 @@ class SpatialForcing(nn.Module):
             pe_scale=self.config.pe_scale,
             cell_mean=self.cell_mean,
             standardiser=self.standardiser,
+            partial=self._partial,
         )
 
     def _touch_projector(self, loss: Tensor) -> Tensor:

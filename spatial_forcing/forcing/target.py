@@ -148,12 +148,13 @@ def make_targets(
     pe_scale: float = 0.1,
     cell_mean: CellMean | None = None,
     standardiser: Standardiser | None = None,
+    partial: bool = False,
 ) -> list[Tensor]:
     """Teacher features -> targets on the student's tokens, one (B, V, h, w, C) float32 a layer.
 
     Order: subtract the cell mean, sample, standardise, add the positional embedding. The embedding is sampled
     from its table on the teacher's grid with the identity map (it describes the student's framing). Rows of
-    invalid tokens are zero, whatever the teacher had there, and nothing carries gradients.
+    tokens without a target are zero, and nothing carries gradients.
 
     Args:
         features: (B, V, H, W, C), one for each layer.
@@ -163,6 +164,8 @@ def make_targets(
         registration, pe_scale: see `ForcingConfig`.
         cell_mean: applied to the teacher's grid, or None.
         standardiser: applied to the sampled features, or None.
+        partial: a row of zeros says nothing (`protocols.PartialTeacher`): a token at least half of which
+            reads such cells has no target either.
 
     Raises:
         DataError: a feature tensor of another shape.
@@ -177,9 +180,10 @@ def make_targets(
                 f"the teacher returned features of shape {tuple(feature.shape)}; expected ({B}, {V}, rows, "
                 "columns, channels), one grid for each view."
             )
+    masks = [mask & _measured(f, mapped).view(B, V, h, w, 1) if partial else mask for f in features]
     centred = features if cell_mean is None else cell_mean(features, views.present)
     sampled = []
-    for feature in centred:
+    for feature, mask in zip(centred, masks, strict=True):
         values = sample_grid(feature.detach().float().flatten(0, 1), mapped).view(B, V, h, w, -1)
         sampled.append(torch.where(mask, values, values.new_zeros(())))
     if standardiser is not None:
@@ -190,4 +194,10 @@ def make_targets(
         # One long grid instead of one table a view.
         embedding = sample_grid(table, points.view(1, B * V * h, w, 2)).view(B, V, h, w, C)
         sampled = [t + pe_scale * embedding for t in sampled]
-    return [torch.where(mask, t, t.new_zeros(())) for t in sampled]
+    return [torch.where(mask, t, t.new_zeros(())) for t, mask in zip(sampled, masks, strict=True)]
+
+
+def _measured(feature: Tensor, points: Tensor) -> Tensor:
+    """(B V, h, w) bool: tokens more than half of which reads cells that are not all zeros."""
+    known = (feature != 0).any(-1).flatten(0, 1).float()[..., None]
+    return sample_grid(known, points)[..., 0] > 0.5

@@ -39,7 +39,7 @@ class ShuffledTeacher:
         self.name, self.licence = SHUFFLED + cached.name, cached.licence
         self.dim, self.depth = cached.dim, cached.depth
         self.patch, self.resolution = cached.patch, cached.resolution
-        self.projected = cached.projected
+        self.projected, self.partial = cached.projected, cached.partial
         self.fingerprint = f"{cached.fingerprint}-shuffled-{seed}"
         self._frames: NDArray[np.int64] | None = None
         self._donors: NDArray[np.int64] | None = None

@@ -22,6 +22,7 @@ from spatial_forcing.teachers.cards import (
 )
 from spatial_forcing.teachers.da3 import is_da3, load_da3_teacher
 from spatial_forcing.teachers.image import FAMILIES, load_image_teacher, read_settings
+from spatial_forcing.teachers.recorded import RECORDED_DEPTH, DepthDataset
 from spatial_forcing.teachers.vggt import load_vggt_teacher
 
 DTYPES = {
@@ -44,6 +45,7 @@ def load_teacher(
     framing: Framing = "fit",
     memory: int | None = None,
     compile: bool | str = False,
+    dataset: DepthDataset | None = None,
 ) -> Teacher:
     """Load a frozen teacher.
 
@@ -60,6 +62,7 @@ def load_teacher(
         framing: "fit" or "pad", of views that are not square; see `frozen.FrozenTeacher`.
         memory: bytes of activations to stay below; default 2 GiB.
         compile: True compiles it with `torch.compile`; a text names the backend.
+        dataset: whose depth `recorded-depth` reads; other teachers need none.
 
     Raises:
         ConfigError: unknown name (the closest one is suggested), dtype, framing or resolution.
@@ -86,6 +89,8 @@ def load_teacher(
     options: dict[str, Any] = {"framing": framing, "compile": compile}
     if memory is not None:
         options["memory"] = memory
+    if source == RECORDED_DEPTH:
+        options["dataset"] = dataset
     teacher = loader(
         source,
         card,

@@ -23,7 +23,9 @@ from spatial_forcing.students.base import StudentConfig, StudentModule
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import CachedTeacher
 from spatial_forcing.teachers.cache.source import dataset_source
+from spatial_forcing.teachers.cards import VARIANT
 from spatial_forcing.teachers.controls import SHUFFLED, ShuffledTeacher
+from spatial_forcing.teachers.recorded import RECORDED_DEPTH
 from spatial_forcing.training.config import TrainConfig
 
 
@@ -126,7 +128,7 @@ def make_teacher(config: TrainConfig, dataset: Dataset) -> Teacher | None:
         return None
     if config.cache is None:
         assert config.teacher is not None
-        return load_teacher(config.teacher)
+        return load_teacher(config.teacher, dataset=dataset)
     cached = open_cache(config, config.cache, dataset)
     return ShuffledTeacher(cached) if (config.teacher or "").startswith(SHUFFLED) else cached
 
@@ -173,8 +175,9 @@ def make_batches(config: TrainConfig, student: StudentModule, dataset: Dataset) 
     # Square frames of one size need no letterbox: the student resizes them itself, just as when it acts.
     framed_alike = len(sizes) == 1 and all(height == width for height, width in sizes)
     untouched = framed_alike and config.augment is None
-    # Cached features belong to the stored frames; a live teacher sees what the student sees.
-    cached = config.forces and config.cache is not None
+    # Cached features and recorded depth belong to the stored frames; other teachers see the student's.
+    recorded = (config.teacher or "").partition(VARIANT)[0] == RECORDED_DEPTH
+    stored = config.forces and (config.cache is not None or recorded)
     return BatchLoader(
         dataset,
         cameras=shape.cameras,
@@ -184,7 +187,7 @@ def make_batches(config: TrainConfig, student: StudentModule, dataset: Dataset) 
         image_size=None if untouched or shape.letterboxes else shape.image_size,
         episodes=select_episodes(dataset, config),
         augment=config.augment,
-        keep_frames=cached and not untouched,
+        keep_frames=stored and not untouched,
         rank=process.process_index,
         world_size=process.num_processes,
     )

@@ -298,7 +298,7 @@ def test_a_fixed_grid_is_said_before_anything_is_encoded(checkpoints):
 
 
 def test_a_class_that_this_transformers_lacks_names_the_version_and_the_way_round(checkpoints, monkeypatch):
-    monkeypatch.setattr(transformers, "RadioModel", None)
+    monkeypatch.setattr(image.transformers, "RadioModel", None)
     with pytest.raises(CheckpointError, match=r"no RadioModel; install transformers>=5\.16.*cache"):
         load_teacher(checkpoints / "radio")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.progress import progress_bar
-from spatial_forcing.protocols import Teacher
+from spatial_forcing.protocols import Teacher, is_partial
 from spatial_forcing.storage import disk_full_explained, exclusive, free_bytes, require_disk
 from spatial_forcing.teachers.cache.basis import Basis, Moments, fit_basis, load_bases, save_bases
 from spatial_forcing.teachers.cache.codec import DTYPES, CacheDtype
@@ -241,6 +241,11 @@ def _check_basis(
                 "training (forcing.standardise)."
             )
         return
+    if is_partial(teacher):
+        raise ConfigError(
+            f"{teacher.name!r} marks what was not measured by zeros, which a basis would not keep; leave "
+            "channels out."
+        )
     if channels % 4 or not 0 < channels < teacher.dim:
         raise ConfigError(
             f"channels is {channels}; expected a multiple of 4 (for the positional embedding) below the "
@@ -305,6 +310,7 @@ def teacher_facts(teacher: Teacher) -> TeacherFacts:
         depth=teacher.depth,
         patch=teacher.patch,
         resolution=teacher.resolution,
+        partial=is_partial(teacher),
     )
 
 

@@ -35,7 +35,7 @@ HEADER = "header.json"
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """The teacher whose features are cached; see `protocols.Teacher`."""
+    """The teacher whose features are cached; see `protocols.Teacher` and, for `partial`, `PartialTeacher`."""
 
     name: str
     fingerprint: str
@@ -44,6 +44,7 @@ class TeacherFacts:
     depth: int
     patch: int
     resolution: int
+    partial: bool = False
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class CachedTeacher:
         self.dim = facts.dim if all_channels else self.header.channels
         self.depth = facts.depth
         self.patch, self.resolution = facts.patch, facts.resolution
+        self.partial = facts.partial
         if fingerprint not in (None, facts.fingerprint):
             raise DataError(
                 f"{self.folder} holds features of {facts.name!r} with fingerprint {facts.fingerprint}, not "
