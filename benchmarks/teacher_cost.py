@@ -120,15 +120,17 @@ def image_teacher(name: str) -> ImageTeacher:
     kind, sizes, resolution = IMAGE_TEACHERS[name]
     family = FAMILIES[kind]
     model_class = getattr(transformers, family.model)
-    core: Any = filled(family.core(model_class(model_class.config_class(**sizes))))
+    with torch.device("meta"):  # drawing initial weights would take longer than a forward
+        model = model_class(model_class.config_class(**sizes))
+    core: Any = filled(family.core(model.to_empty(device="cpu")))
     mean, std = ((0.0,) * 3, (1.0,) * 3) if family.own_pixels else (family.mean, family.std)
     return ImageTeacher(core, family, name=name, licence="", resolution=resolution, mean=mean, std=std)
 
 
 def filled(model: Any) -> Any:
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(0.01)
+        for parameter in (*model.parameters(), *model.buffers()):
+            parameter.fill_(0.01 if parameter.is_floating_point() else 0)
     return model
 
 

@@ -1,7 +1,7 @@
 """Spatial Forcing on a stock vision-language model of transformers: ten lines, marked below.
 
     python examples/huggingface_vlm.py                               # seconds on a CPU
-    python examples/huggingface_vlm.py --teacher facebook/VGGT-1B    # the paper's teacher
+    python examples/huggingface_vlm.py --teacher depth-anything/DA3-BASE   # Apache-2.0; docs/teachers.md
 
 The model is a SmolVLM with a small random configuration and two images a sample, so nothing is
 downloaded. For a pretrained one, `from_pretrained` and its processor replace `small_model` and `batches`.

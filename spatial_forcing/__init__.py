@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         layout_from_input_ids,
         layout_from_offset,
     )
-    from spatial_forcing.teachers import load_teacher
+    from spatial_forcing.teachers import as_teacher, load_teacher
 
 _HOMES = {
     "ForcingConfig": "spatial_forcing.forcing",
@@ -27,6 +27,7 @@ _HOMES = {
     "TokenLayout": "spatial_forcing.alignment",
     "Views": "spatial_forcing.alignment",
     "as_student": "spatial_forcing.forcing",
+    "as_teacher": "spatial_forcing.teachers",
     "layout_from_input_ids": "spatial_forcing.forcing",
     "layout_from_offset": "spatial_forcing.forcing",
     "load_teacher": "spatial_forcing.teachers",
@@ -38,6 +39,7 @@ __all__ = [
     "TokenLayout",
     "Views",
     "as_student",
+    "as_teacher",
     "layout_from_input_ids",
     "layout_from_offset",
     "load_teacher",

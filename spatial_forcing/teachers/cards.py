@@ -42,6 +42,28 @@ class TeacherLoader(Protocol):
 
 
 @dataclass(frozen=True)
+class TeacherFacts:
+    """What a reader compares teachers by.
+
+    Attributes:
+        parameters: millions, of the part that runs.
+        channels: of one feature.
+        pixels: of the longer side, by default.
+        together: it encodes the views of a sample together.
+        cost: processor time of two views over VGGT-1B's (`benchmarks.teacher_cost`); None: not measured.
+    """
+
+    parameters: float
+    channels: int
+    pixels: int
+    together: bool = False
+    cost: float | None = None
+
+
+FREE_LICENCES = frozenset({"Apache-2.0", "BSD-3-Clause", "CC-BY-4.0", "MIT"})
+
+
+@dataclass(frozen=True)
 class TeacherCard:
     """One entry of the registry.
 
@@ -52,6 +74,7 @@ class TeacherCard:
         note: one line on what it is and what its licence asks.
         commercial_alternative: name of an equivalent whose licence allows commercial use, if there is one.
         folder: where weights that ship with the package are; None for others.
+        facts: numbers for `teacher list`; None where nobody has counted them.
     """
 
     name: str
@@ -60,7 +83,17 @@ class TeacherCard:
     note: str
     commercial_alternative: str | None = None
     folder: Path | None = None
+    facts: TeacherFacts | None = None
 
+    @property
+    def commercial(self) -> Literal["yes", "no", "ask"]:
+        """Whether the licence allows commercial use; "ask": it has conditions of its own, read them."""
+        if self.licence in FREE_LICENCES:
+            return "yes"
+        return "no" if "-NC" in self.licence or self.licence in RESEARCH_ONLY else "ask"
+
+
+RESEARCH_ONLY = frozenset({"LicenseRef-Apple-AMLR"})
 
 TEACHERS: Registry[TeacherCard] = Registry("teacher")
 

@@ -28,6 +28,7 @@ from spatial_forcing.teachers.cards import (
     UNKNOWN_LICENCE,
     Framing,
     TeacherCard,
+    TeacherFacts,
     check_variant,
 )
 from spatial_forcing.teachers.frozen import DEFAULT_MEMORY, FrozenTeacher, lower_weights, random_stream
@@ -419,44 +420,75 @@ def _read_json(source: str, name: str, optional: bool = False) -> dict[str, Any]
         raise CheckpointError(f"{name} of {source!r} cannot be read: {str(error).rstrip('. ')}.") from error
 
 
-def _card(name: str, licence: str, note: str, commercial: str | None = None) -> None:
-    TEACHERS.add(name, TeacherCard(name, load_image_teacher, licence, note, commercial))
+def _card(name: str, licence: str, note: str, facts: TeacherFacts, commercial: str | None = None) -> None:
+    TEACHERS.add(name, TeacherCard(name, load_image_teacher, licence, note, commercial, facts=facts))
 
 
-_card("facebook/dinov2-base", "Apache-2.0", "2D control: DINOv2 ViT-B, 768 channels.")
-_card("facebook/dinov2-large", "Apache-2.0", "2D control: DINOv2 ViT-L, 1024 channels.")
-_card("facebook/dinov2-with-registers-large", "Apache-2.0", "2D control: DINOv2 ViT-L with registers.")
+GATED = "Gated: accept its licence on the hub first."
+_card("facebook/dinov2-base", "Apache-2.0", "DINOv2 ViT-B.", TeacherFacts(86.6, 768, 224))
+_card("facebook/dinov2-large", "Apache-2.0", "DINOv2 ViT-L.", TeacherFacts(304.4, 1024, 224))
+_card(
+    "facebook/dinov2-with-registers-large",
+    "Apache-2.0",
+    "DINOv2 ViT-L with registers.",
+    TeacherFacts(304.4, 1024, 224),
+)
 _card(
     "facebook/dinov3-vitb16-pretrain-lvd1689m",
     "LicenseRef-DINOv3",
-    "2D: DINOv3 ViT-B, 768 channels; gated: accept its licence on the hub first.",
+    f"DINOv3 ViT-B. {GATED}",
+    TeacherFacts(85.7, 768, 224),
 )
 _card(
     "facebook/dinov3-vitl16-pretrain-lvd1689m",
     "LicenseRef-DINOv3",
-    "2D: DINOv3 ViT-L, 1024 channels; gated: accept its licence on the hub first.",
+    f"DINOv3 ViT-L. {GATED}",
+    TeacherFacts(303.1, 1024, 224),
 )
-_card("facebook/vjepa2-vitl-fpc64-256", "MIT", "2D: V-JEPA 2 ViT-L on a still, 1024 channels, 256 px square.")
-_card("nvidia/C-RADIOv4-H", "LicenseRef-NVIDIA-Open-Model", "2D: RADIO ViT-H, 1280 channels.")
-_card("google/tipsv2-b14", "LicenseRef-see-its-card", "2D: TIPSv2 ViT-B, 768 channels.")
-_card("google/siglip2-base-patch16-224", "Apache-2.0", "2D: SigLIP 2 ViT-B, 768 channels.")
-_card("google/siglip2-so400m-patch14-384", "Apache-2.0", "2D: SigLIP 2 so400m, 1152 channels.")
+_card(
+    "facebook/vjepa2-vitl-fpc64-256",
+    "MIT",
+    "V-JEPA 2 ViT-L on a still; square views of 256 px only (framing 'pad' for others).",
+    TeacherFacts(303.9, 1024, 256),
+)
+_card(
+    "nvidia/C-RADIOv4-H",
+    "LicenseRef-NVIDIA-Open-Model",
+    "RADIO ViT-H. Needs transformers 5.16.",
+    TeacherFacts(651.7, 1280, 224),
+)
+_card(
+    "google/tipsv2-b14",
+    "LicenseRef-see-its-card",
+    "TIPSv2 ViT-B. Needs transformers 5.16.",
+    TeacherFacts(86.3, 768, 448),
+)
+_card("google/siglip-base-patch16-224", "Apache-2.0", "SigLIP ViT-B.", TeacherFacts(92.9, 768, 224))
+_card("google/siglip-so400m-patch14-384", "Apache-2.0", "SigLIP so400m.", TeacherFacts(428.2, 1152, 378))
+_card("google/siglip2-base-patch16-224", "Apache-2.0", "SigLIP 2 ViT-B.", TeacherFacts(92.9, 768, 224))
+_card("google/siglip2-so400m-patch14-384", "Apache-2.0", "SigLIP 2 so400m.", TeacherFacts(428.2, 1152, 378))
 _card(
     "apple/DepthPro-hf",
     "LicenseRef-Apple-AMLR",
-    "2D: Depth Pro's image encoder, 1024 channels. Research only.",
+    "Depth Pro's image encoder (DINOv2 ViT-L). Research only.",
+    TeacherFacts(304.4, 1024, 384),
 )
-_card("Intel/zoedepth-nyu-kitti", "MIT", "2D: ZoeDepth's BEiT-L encoder, 1024 channels.")
-_card("google/siglip-base-patch16-224", "Apache-2.0", "2D control: SigLIP ViT-B, 768 channels.")
-_card("google/siglip-so400m-patch14-384", "Apache-2.0", "2D control: SigLIP so400m, 1152 channels.")
+_card(
+    "Intel/zoedepth-nyu-kitti",
+    "MIT",
+    "ZoeDepth's encoder (BEiT-L).",
+    TeacherFacts(304.4, 1024, 384),
+)
 _card(
     "depth-anything/Depth-Anything-V2-Small-hf",
     "Apache-2.0",
-    "2D control that has learned depth from single images: its DINOv2 ViT-S, 384 channels.",
+    "Has learned depth from single images: its DINOv2 ViT-S.",
+    TeacherFacts(22.1, 384, 518),
 )
 _card(
     "depth-anything/Depth-Anything-V2-Large-hf",
     "CC-BY-NC-4.0",
-    "2D control that has learned depth from single images: its DINOv2 ViT-L. Not for commercial use.",
+    "Has learned depth from single images: its DINOv2 ViT-L. Not for commercial use.",
+    TeacherFacts(304.4, 1024, 518),
     "depth-anything/Depth-Anything-V2-Small-hf",
 )

@@ -20,7 +20,7 @@ from spatial_forcing.errors import ConfigError
 MLP_ROWS = 1024
 """Tokens that pass through an MLP together on a CPU; its hidden layer is the largest tensor of a block."""
 
-QUERY_ROWS = 2048
+QUERY_ROWS = 512
 """Queries whose scores are held together where attention is computed without the fused kernel."""
 
 

@@ -1,5 +1,6 @@
 """Depth Anything 3 (arXiv 2511.10647), own implementation: model, checkpoints, frozen teacher, cards."""
 
+from spatial_forcing.teachers.cards import TeacherFacts
 from spatial_forcing.teachers.da3.config import (
     BASE,
     GIANT,
@@ -28,23 +29,37 @@ __all__ = [
 HUB = "depth-anything/"
 FREE, NON_COMMERCIAL = "Apache-2.0", "CC-BY-NC-4.0"
 
-register(f"{HUB}DA3-SMALL", SMALL, FREE, "Any view, 22 M parameters of backbone, 768 channels, 504 px.")
-register(f"{HUB}DA3-BASE", BASE, FREE, "Any view, 87 M parameters of backbone, 1536 channels, 504 px.")
+register(f"{HUB}DA3-SMALL", SMALL, FREE, "Any view.", TeacherFacts(22.1, 768, 504, True, None))
+register(
+    f"{HUB}DA3-BASE",
+    BASE,
+    FREE,
+    "Any view. What the recipes take.",
+    TeacherFacts(86.6, 1536, 504, True, None),
+)
 for _name in ("DA3-LARGE", "DA3-LARGE-1.1"):
     register(
         f"{HUB}{_name}",
         LARGE,
         NON_COMMERCIAL,
-        "Any view, 304 M parameters of backbone, 2048 channels, 504 px. Not for commercial use.",
-        f"{HUB}DA3-BASE",
+        "Any view. Not for commercial use.",
+        TeacherFacts(304.4, 2048, 504, True, None),
+        commercial=f"{HUB}DA3-BASE",
     )
 for _name in ("DA3-GIANT", "DA3-GIANT-1.1"):
     register(
         f"{HUB}{_name}",
         GIANT,
         NON_COMMERCIAL,
-        "Any view, 1.14 B parameters of backbone, 3072 channels, 504 px. Not for commercial use.",
-        f"{HUB}DA3-BASE",
+        "Any view. Not for commercial use.",
+        TeacherFacts(1136.5, 3072, 504, True, None),
+        commercial=f"{HUB}DA3-BASE",
     )
-register(f"{HUB}DA3METRIC-LARGE", SINGLE_VIEW, FREE, "One view, 304 M parameters of backbone, 1024 channels.")
-register(f"{HUB}DA3MONO-LARGE", SINGLE_VIEW, FREE, "One view, 304 M parameters of backbone, 1024 channels.")
+for _name, _note in (("METRIC", "Depth in metres."), ("MONO", "Depth up to scale.")):
+    register(
+        f"{HUB}DA3{_name}-LARGE",
+        SINGLE_VIEW,
+        FREE,
+        f"One view. {_note} Add ?views=alone for several.",
+        TeacherFacts(304.4, 1024, 504, False, None),
+    )

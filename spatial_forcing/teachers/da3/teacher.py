@@ -22,6 +22,7 @@ from spatial_forcing.teachers.cards import (
     UNKNOWN_LICENCE,
     Framing,
     TeacherCard,
+    TeacherFacts,
     check_variant,
 )
 from spatial_forcing.teachers.da3.backbone import REFERENCES, Reference
@@ -261,7 +262,15 @@ DA3_CARDS: dict[str, DA3Config] = {}
 """Sizes of the registered models, so that random weights of them need no download."""
 
 
-def register(name: str, config: DA3Config, licence: str, note: str, commercial: str | None = None) -> None:
+def register(
+    name: str,
+    config: DA3Config,
+    licence: str,
+    note: str,
+    facts: TeacherFacts,
+    *,
+    commercial: str | None = None,
+) -> None:
     """Add a card of published weights."""
     DA3_CARDS[name] = config
-    TEACHERS.add(name, TeacherCard(name, load_da3_teacher, licence, note, commercial))
+    TEACHERS.add(name, TeacherCard(name, load_da3_teacher, licence, note, commercial, facts=facts))

@@ -1,6 +1,6 @@
 """VGGT (arXiv 2503.11651), own implementation: model, checkpoints, frozen teacher, cards of its weights."""
 
-from spatial_forcing.teachers.cards import TEACHERS, TeacherCard
+from spatial_forcing.teachers.cards import TEACHERS, TeacherCard, TeacherFacts
 from spatial_forcing.teachers.dpt import DPTConfig
 from spatial_forcing.teachers.pose import decode_pose, encode_pose
 from spatial_forcing.teachers.vggt.config import CameraHeadConfig, DinoV2Config, VGGTConfig
@@ -29,8 +29,9 @@ TEACHERS.add(
         name=VGGT_1B,
         loader=load_vggt_teacher,
         licence="CC-BY-NC-4.0",
-        note="The paper's teacher, 1.26 B parameters, 518 px. Not for commercial use.",
+        note="The paper's teacher. Not for commercial use.",
         commercial_alternative="facebook/VGGT-1B-Commercial",
+        facts=TeacherFacts(909.1, 2048, 518, True, 1.0),
     ),
 )
 TEACHERS.add(
@@ -40,6 +41,7 @@ TEACHERS.add(
         loader=load_vggt_teacher,
         licence="LicenseRef-VGGT-Commercial",
         note="Same architecture as VGGT-1B; gated: accept its licence on the hub first.",
+        facts=TeacherFacts(909.1, 2048, 518, True, 1.0),
     ),
 )
 TEACHERS.add(
@@ -50,5 +52,6 @@ TEACHERS.add(
         licence="Apache-2.0",
         note="Small VGGT pretrained by this project on rendered multi-view scenes; ships with the package.",
         folder=NANO_FOLDER,
+        facts=TeacherFacts(1.7, 256, 128, True, None),
     ),
 )
