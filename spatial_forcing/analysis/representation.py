@@ -144,6 +144,8 @@ def load_projector(checkpoint: Path) -> Projector | None:
     held = load_file(path)
     prefix = "projector.0." if any(k.startswith("projector.0.") for k in held) else "projector."
     state = {k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)}
+    if "conv.weight" in state:
+        return None  # a convolution needs the tokens' grid, which is not kept here
     try:
         dim, student = state["fc1.weight"].shape
         norm = (

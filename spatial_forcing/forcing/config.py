@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spatial_forcing.errors import ConfigError
+from spatial_forcing.forcing.extras.losses import LOSSES, Loss
+from spatial_forcing.forcing.extras.projections import PROJECTIONS, Projection
 from spatial_forcing.forcing.schedule import AlphaSchedule, Kind
 
 Pairs = tuple[tuple[int, int], ...]
@@ -18,12 +20,15 @@ class ForcingConfig:
 
     Attributes:
         alpha: weight of the alignment loss, >= 0. 0 switches the package off entirely.
-        schedule, warmup, end, floor: see `AlphaSchedule`; fractions of training.
+        schedule, warmup, end, floor, stop_at: see `AlphaSchedule`; fractions of training.
         pairs: (student layer, teacher layer) pairs. A student layer k is the
             residual stream after k decoder blocks (0: before the first; -1: after the last). A teacher
             layer counts its blocks from 0, negative from the end. None: ((round(0.75 * depth), -1),).
         projectors: `shared`, one for all pairs, or `independent`, one for each pair. Independent ones start
             equal, as the shared one would, so that both choices begin with the same loss.
+        loss: distance of projected tokens and targets: `cosine`, the paper's, or one of `extras.losses`.
+        projection: `mlp`, the paper's trained projector, `frozen`: the same with its initial weights, or
+            `conv`: one convolution, and targets normalised in each view (`extras.projections`).
         norm: norm in front of the projector. `layer` as released, `batch` as in the paper's text.
         pe_scale: scale of the sin-cos positional embedding added to the target; 0 leaves it out.
         token_shift: added to every token position; 1 is the slice of the released recipe, one token late.
@@ -46,8 +51,11 @@ class ForcingConfig:
     warmup: float = 0.0
     end: float = 1.0
     floor: float = 0.0
+    stop_at: float = 1.0
     pairs: Pairs | None = None
     projectors: Literal["shared", "independent"] = "shared"
+    loss: Loss = "cosine"
+    projection: Projection = "mlp"
     norm: Literal["layer", "batch", "none"] = "layer"
     pe_scale: float = 0.1
     token_shift: int = 0
@@ -62,6 +70,8 @@ class ForcingConfig:
         _finite_not_negative("pe_scale", self.pe_scale)
         _one_of("projectors", self.projectors, ("shared", "independent"))
         _one_of("norm", self.norm, ("layer", "batch", "none"))
+        _one_of("loss", self.loss, LOSSES)
+        _one_of("projection", self.projection, PROJECTIONS)
         _one_of("registration", self.registration, ("corner", "pixel"))
         _ = self.alpha_schedule
         if self.pairs is not None:
@@ -73,13 +83,18 @@ class ForcingConfig:
     @property
     def alpha_schedule(self) -> AlphaSchedule:
         """The schedule of alpha, validated."""
-        return AlphaSchedule(self.schedule, self.warmup, self.end, self.floor)
+        return AlphaSchedule(self.schedule, self.warmup, self.end, self.floor, self.stop_at)
 
     def _check_pairs(self, count: int) -> None:
         if count == 0:
             raise ConfigError("forcing.pairs is empty; name at least one pair, or set alpha to 0.")
         if self.pairs is not None and len(set(self.pairs)) != count:
             raise ConfigError(f"forcing.pairs names a pair twice: {self.pairs}; remove one.")
+        if self.projection == "conv" and (self.gate or self.widths):
+            raise ConfigError(
+                "forcing.projection 'conv' has no hidden layer for forcing.gate or forcing.widths; clear "
+                "them."
+            )
         if self.gate and self.widths:
             raise ConfigError("forcing.gate and forcing.widths exclude each other; clear one of them.")
         if self.gate and self.projectors == "independent":

@@ -10,6 +10,7 @@ synchronisation. The teacher is reached by a reference outside the module tree.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from spatial_forcing.forcing.config import ForcingConfig, resolve_pairs
 from spatial_forcing.forcing.distributed import SampleWeights, gather, shard_like
 from spatial_forcing.forcing.extras.cell_mean import CellMean
 from spatial_forcing.forcing.extras.gate import GatedProjector
+from spatial_forcing.forcing.extras.losses import distance_loss
+from spatial_forcing.forcing.extras.projections import ConvProjector
 from spatial_forcing.forcing.extras.standardise import Standardiser
 from spatial_forcing.forcing.extras.widths import narrowed
 from spatial_forcing.forcing.layout import check_layout, gather_tokens, shifted
@@ -34,6 +37,8 @@ from spatial_forcing.forcing.tap import Tap, check_trainable, in_sequence, width
 from spatial_forcing.forcing.target import make_targets, token_validity
 from spatial_forcing.forcing.teacher_ref import TeacherRef
 from spatial_forcing.protocols import Batch, Metrics, Teacher, is_partial
+
+logger = logging.getLogger(__name__)
 
 Project = Callable[[Tensor, Tensor], Tensor]
 """(student tokens (B, N, D), valid (B, N)) -> teacher channels (B, N, C)."""
@@ -72,7 +77,7 @@ class SpatialForcing(nn.Module):
         super().__init__()
         self.config = config if config is not None else ForcingConfig()
         self.student = student
-        self.projector: Projector | nn.ModuleList | None = None
+        self.projector: Projector | ConvProjector | nn.ModuleList | None = None
         self.cell_mean: CellMean | None = None
         self.standardiser: Standardiser | None = None
         self.pairs: tuple[tuple[int, int], ...] = ()
@@ -81,6 +86,8 @@ class SpatialForcing(nn.Module):
         self._weights = SampleWeights()
         self._announced: list[_Prepared] = []
         self._trainable_checked = False
+        self._versions: tuple[int, int] | None = None
+        self._projector_trains = False
         self._teacher = TeacherRef(teacher if self.active else None)
         if self.active:
             self._attach(teacher, student_dim)
@@ -101,12 +108,7 @@ class SpatialForcing(nn.Module):
         self._tap = Tap(self.blocks, [k for k, _ in self.pairs], final_norm)
         self._layers = tuple(dict.fromkeys(layer for _, layer in self.pairs))
         width = student_dim or width_of(self.blocks, final_norm)
-        if config.gate:
-            self.projector = GatedProjector(width, teacher.dim, config.norm, len(self._tap.depths))
-        elif config.projectors == "independent":
-            self.projector = nn.ModuleList(Projector(width, teacher.dim, config.norm) for _ in self.pairs)
-        else:
-            self.projector = Projector(width, teacher.dim, config.norm)
+        self.projector = self._new_projector(width, teacher.dim)
         self._partial = is_partial(teacher)
         if self._partial and (config.subtract_cell_mean or config.standardise):
             raise ConfigError(
@@ -126,6 +128,30 @@ class SpatialForcing(nn.Module):
         for own in (self.projector, self.cell_mean, self.standardiser):
             if own is not None:
                 own.to(device)
+
+    def _new_projector(self, width: int, channels: int) -> Projector | ConvProjector | nn.ModuleList:
+        """As configured; several layers share one, unless they are to have one each."""
+        config = self.config
+
+        def one() -> Projector | ConvProjector:
+            if config.projection == "conv":
+                return ConvProjector(width, channels)
+            return Projector(width, channels, config.norm)
+
+        made: Projector | ConvProjector | nn.ModuleList
+        if config.gate:
+            made = GatedProjector(width, channels, config.norm, len(self._tap.depths))
+        elif config.projectors == "independent":
+            made = nn.ModuleList(one() for _ in self.pairs)
+        else:
+            made = one()
+        if config.projectors == "independent" and len(self.pairs) > 1:
+            logger.warning(
+                "forcing.projectors is independent for %d layers; ROCKET reports 80.0 with a projector each "
+                "against 98.2 with a shared one.",
+                len(self.pairs),
+            )
+        return made.requires_grad_(config.projection != "frozen")
 
     # ---- what the training loop uses
 
@@ -284,6 +310,8 @@ class SpatialForcing(nn.Module):
     @torch.compiler.disable
     def _align(self, states: Mapping[int, Sequence[Tensor]], ready: _Prepared) -> tuple[Tensor, Metrics]:
         """The alignment loss from captured states; scaled for ranks and micro-batches, not by alpha."""
+        if self.training:
+            self._check_projector_trains()
         samples = ready.samples
         count = int(samples.sum())
         # Ranks may evaluate different numbers of batches: they never wait for each other there.
@@ -293,12 +321,12 @@ class SpatialForcing(nn.Module):
         targets = dict(zip(self._layers, self._targets(ready), strict=True))
         mask = ready.valid.flatten(1)
         losses, metrics = [], {}
-        for name, project, state, layer in self._compared(hidden):
+        for name, project, state, layer in self._compared(hidden, ready.valid):
             on_device = mask.to(state.device)
             projected = project(state, on_device)
             target = targets[layer].flatten(1, 3).to(state.device)
             aimed = on_device & (target != 0).any(-1) if self._partial else on_device
-            losses.append(alignment_loss(projected, target, aimed, weight))
+            losses.append(self._distance(projected, target, aimed, weight, ready.valid.shape[1]))
             cosines = sample_cosines(projected.detach(), target, aimed)
             metrics[f"cosine/{name}"] = cosines.sum() * weight
         align_loss = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
@@ -307,16 +335,49 @@ class SpatialForcing(nn.Module):
         metrics["samples_without_tokens"] = (~samples).sum().float()
         return align_loss, metrics
 
-    def _compared(self, hidden: Mapping[int, Tensor]) -> Iterator[tuple[str, Project, Tensor, int]]:
-        """What is compared: name, projector, states (B, N, D), teacher layer."""
+    def _check_projector_trains(self) -> None:
+        """Warn once where the student has been updated and the projector has not: no optimizer holds it."""
+        own = [] if self.projector is None else [p for p in self.projector.parameters() if p.requires_grad]
+        others = [p for p in self.student.parameters() if p.requires_grad]
+        if self._projector_trains or not own or not torch.is_grad_enabled():
+            return
+        now = (sum(p._version for p in others), sum(p._version for p in own))
+        before = self._versions = self._versions or now
+        if now[0] == before[0]:
+            return
+        self._projector_trains = True  # or it was said
+        if now[1] == before[1]:
+            logger.warning(
+                "the student was updated and the projector was not: the optimizer does not hold it, and the "
+                "alignment learns through random weights. Build it with forcing.parameters()."
+            )
+
+    def _distance(
+        self, projected: Tensor, target: Tensor, valid: Tensor, weight: float, views: int
+    ) -> Tensor:
+        if self.config.loss == "cosine":
+            return alignment_loss(projected, target, valid, weight)
+        return distance_loss(self.config.loss, projected, target, valid, weight, views=views)
+
+    def _compared(
+        self, hidden: Mapping[int, Tensor], grid: Tensor
+    ) -> Iterator[tuple[str, Project, Tensor, int]]:
+        """What is compared: name, projector, states (B, N, D), teacher layer.
+
+        `grid` says which tokens have a target, (B, V, h, w) bool.
+        """
         if isinstance(self.projector, GatedProjector):
             layer = self._layers[0]
             yield f"teacher{layer}", self.projector, self.projector.mix(list(hidden.values())), layer
             return
         for i, (k, layer) in enumerate(self.pairs):
             own = self.projector[i] if isinstance(self.projector, nn.ModuleList) else self.projector
-            projector = cast(Projector, own)
-            project = narrowed(projector, self.config.widths[i]) if self.config.widths else projector
+            project: Project
+            if isinstance(own, ConvProjector):
+                project = own.on(grid)
+            else:
+                projector = cast(Projector, own)
+                project = narrowed(projector, self.config.widths[i]) if self.config.widths else projector
             yield f"block{k}_teacher{layer}", project, hidden[k], layer
 
     def _tokens(self, k: int, calls: Sequence[Tensor], ready: _Prepared) -> Tensor:
@@ -346,6 +407,7 @@ class SpatialForcing(nn.Module):
             cell_mean=self.cell_mean,
             standardiser=self.standardiser,
             partial=self._partial,
+            normalised=self.config.projection == "conv",
         )
 
     def _touch_projector(self, loss: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class AlphaSchedule:
         warmup: fraction of training over which the factor rises linearly from 0 to 1.
         end: fraction of training at which a falling schedule reaches `floor`; it stays there.
         floor: the final factor of a falling schedule.
+        stop_at: fraction of training at which the alignment ends at once (HASTE); 1: never.
 
     Raises:
         ConfigError: a fraction outside [0, 1], or `end` not after `warmup`.
@@ -29,14 +30,19 @@ class AlphaSchedule:
     warmup: float = 0.0
     end: float = 1.0
     floor: float = 0.0
+    stop_at: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("constant", "linear", "cosine"):
             raise ConfigError(f"alpha schedule is {self.kind!r}; choose constant, linear or cosine.")
-        for name in ("warmup", "end", "floor"):
+        for name in ("warmup", "end", "floor", "stop_at"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError(f"alpha schedule: {name} is {value}; expected a fraction in [0, 1].")
+        if self.stop_at <= self.warmup:
+            raise ConfigError(
+                f"alpha schedule: stop_at ({self.stop_at}) must come after warmup ({self.warmup}); raise it."
+            )
         if self.kind != "constant" and self.end <= self.warmup:
             raise ConfigError(
                 f"alpha schedule: end ({self.end}) must come after warmup ({self.warmup}); raise end."
@@ -45,11 +51,13 @@ class AlphaSchedule:
     @property
     def needs_progress(self) -> bool:
         """Whether the factor depends on progress at all."""
-        return self.kind != "constant" or self.warmup > 0
+        return self.kind != "constant" or self.warmup > 0 or self.stop_at < 1
 
     def factor(self, progress: float) -> float:
         """The factor at `progress`, clamped to [0, 1]."""
         progress = min(max(progress, 0.0), 1.0)
+        if self.stop_at < 1 and progress >= self.stop_at:
+            return 0.0
         if progress < self.warmup:
             return progress / self.warmup
         if self.kind == "constant":

@@ -20,6 +20,7 @@ from torch import Tensor
 from spatial_forcing.alignment import TokenLayout, Views, transform
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing.extras.cell_mean import CellMean
+from spatial_forcing.forcing.extras.projections import spatial_norm
 from spatial_forcing.forcing.extras.standardise import Standardiser
 from spatial_forcing.forcing.layout import grid_sizes, top_left
 
@@ -149,11 +150,13 @@ def make_targets(
     cell_mean: CellMean | None = None,
     standardiser: Standardiser | None = None,
     partial: bool = False,
+    normalised: bool = False,
 ) -> list[Tensor]:
     """Teacher features -> targets on the student's tokens, one (B, V, h, w, C) float32 a layer.
 
-    Order: subtract the cell mean, sample, standardise, add the positional embedding. The embedding is sampled
-    from its table on the teacher's grid with the identity map (it describes the student's framing). Rows of
+    Order: subtract the cell mean, sample, standardise or normalise, add the positional embedding. The
+    embedding is sampled from its table on the teacher's grid with the identity map (it describes the
+    student's framing). Rows of
     tokens without a target are zero, and nothing carries gradients.
 
     Args:
@@ -166,6 +169,7 @@ def make_targets(
         standardiser: applied to the sampled features, or None.
         partial: a row of zeros says nothing (`protocols.PartialTeacher`): a token at least half of which
             reads such cells has no target either.
+        normalised: every view through `extras.projections.spatial_norm`.
 
     Raises:
         DataError: a feature tensor of another shape.
@@ -188,6 +192,8 @@ def make_targets(
         sampled.append(torch.where(mask, values, values.new_zeros(())))
     if standardiser is not None:
         sampled = standardiser(sampled, valid)
+    if normalised:
+        sampled = [spatial_norm(t, mask[..., 0]) for t, mask in zip(sampled, masks, strict=True)]
     if pe_scale:
         H, W, C = features[0].shape[2:]
         table = sincos_table(H, W, C, points.device)[None]

@@ -17,6 +17,8 @@ from spatial_forcing.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+PROJECTOR = "projector."
+"""What the names of the projector's parameters begin with in `SpatialForcing`."""
 Decay = Literal["cosine", "linear", "constant", "step"]
 
 
@@ -33,6 +35,7 @@ class OptimConfig:
         final_lr_ratio: in [0, 1].
         milestones: optimizer steps, increasing; for "step" only.
         milestone_factor: in (0, 1].
+        projector_lr: rate of the projector over `lr`; 1: the same.
         weight_decay: on matrices; norms, biases and other vectors are never decayed.
         betas, eps: of AdamW.
         clip_norm: largest norm of the gradient of student and projector together; None: not clipped.
@@ -44,6 +47,7 @@ class OptimConfig:
     final_lr_ratio: float = 0.0
     milestones: tuple[int, ...] = ()
     milestone_factor: float = 0.1
+    projector_lr: float = 1.0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -55,6 +59,9 @@ class OptimConfig:
         self._check(self.decay in get_args(Decay), "decay", f"one of {', '.join(get_args(Decay))}")
         self._check(0 <= self.final_lr_ratio <= 1, "final_lr_ratio", "a number in [0, 1]")
         self._check(0 < self.milestone_factor <= 1, "milestone_factor", "a number in (0, 1]")
+        self._check(
+            self.projector_lr > 0 and math.isfinite(self.projector_lr), "projector_lr", "a positive number"
+        )
         self._check(self.weight_decay >= 0, "weight_decay", "0 or more")
         self._check(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two in [0, 1)")
         self._check(self.eps > 0, "eps", "a positive number")
@@ -118,6 +125,17 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> AdamW:
             config.lr,
         )
     groups = parameter_groups(module, config.weight_decay)
+    if config.projector_lr != 1:
+        own = {id(p) for name, p in module.named_parameters() if name.startswith(PROJECTOR)}
+        groups = [
+            {**group, "params": part, "lr": config.lr * factor}
+            for group in groups
+            for part, factor in (
+                ([p for p in group["params"] if id(p) not in own], 1.0),
+                ([p for p in group["params"] if id(p) in own], config.projector_lr),
+            )
+            if part
+        ]
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
