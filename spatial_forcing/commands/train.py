@@ -21,6 +21,7 @@ from spatial_forcing.students.lora import MODEL_TYPE as LORA
 from spatial_forcing.students.parity import merge_checked
 from spatial_forcing.training import PRESETS, TrainConfig
 from spatial_forcing.training import train as run_training
+from spatial_forcing.training.card import read_card
 from spatial_forcing.training.run import CONFIG, export_policy
 
 DEFAULT_PRESET = "nano-metaworld"
@@ -125,5 +126,5 @@ def export(options: tyro.conf.OmitArgPrefixes[ExportOptions]) -> None:
     if lora and options.form == "merged":
         student, parity = merge_checked(student)
         Console().print(str(parity))
-    export_policy(student, options.output)
+    export_policy(student, options.output, read_card(folder))
     Console().print(f"policy written to {options.output}")

@@ -23,8 +23,8 @@ from spatial_forcing.serving.request import Request, Signature
 from spatial_forcing.students import load_student
 from spatial_forcing.students.base import CONFIG_FILE, POLICY, WEIGHTS_FILE, StudentModule, read_config
 from spatial_forcing.students.normalize import Normalizer
+from spatial_forcing.training.card import CARD, SECTION
 
-CARD = "README.md"
 WARM_UP_SIDE = 224
 UNKNOWN = "not stated in the checkpoint's README.md"
 
@@ -172,7 +172,7 @@ def check_statistics(student: Student, folder: Path) -> None:
 
 
 def describe(student: Student, folder: Path) -> dict[str, Any]:
-    """Model type, base model, licence, normalisation and policy resolution, for the metadata.
+    """Model type, base model, licence, teacher, normalisation and policy resolution, for the metadata.
 
     Raises:
         CheckpointError: the model card's header cannot be read.
@@ -186,11 +186,15 @@ def describe(student: Student, folder: Path) -> dict[str, Any]:
             f"the header of {folder / CARD} is not YAML ({error}); correct it; the licence is read there."
         ) from error
     card = card if isinstance(card, dict) else {}
+    used = card.get(SECTION)
+    used = used if isinstance(used, dict) else {}
     norms = {k: v for k, v in config.items() if k.endswith("_norm") and isinstance(v, str)}
     return {
         "model_type": config["model_type"],
         "base_model": str(card.get("base_model", UNKNOWN)),
         "licence": str(card.get("license", UNKNOWN)),
+        "teacher": str(used.get("teacher", UNKNOWN) or "none"),
+        "teacher_licence": str(used.get("teacher_licence", UNKNOWN)),
         "normalisation": norms,
         "policy_image_size": config.get("image_size"),
         "torch_threads": torch.get_num_threads(),

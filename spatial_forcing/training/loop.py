@@ -40,6 +40,7 @@ from spatial_forcing.protocols import Batch
 from spatial_forcing.storage import replace_file, require_disk
 from spatial_forcing.students.base import POLICY
 from spatial_forcing.training import checkpoint as files
+from spatial_forcing.training.card import card_of
 from spatial_forcing.training.checkpoint import Checkpoint, TrainState
 from spatial_forcing.training.config import TrainConfig
 from spatial_forcing.training.interrupt import StopRequest
@@ -123,6 +124,7 @@ class Trainer:
             raise ConfigError("shard is for several processes; start with torchrun or `accelerate launch`.")
         set_seed(config.seed)  # of the projector, whatever was drawn before
         self.forcing = SpatialForcing(parts.student, parts.teacher, config.forcing)
+        self.card = card_of(config, parts.teacher if self.forcing.active else None)
         self._say_memory(parts.student)  # while all is still on the CPU
         self.meter = Meter(lambda tensor: self.accelerator.reduce(tensor, "mean"), gather_object)
         self.step = 0
@@ -429,7 +431,7 @@ class Trainer:
         result = RunResult(self.config.output, self.step, metrics[-1], self.seconds, peak_memory())
         with self.placement.policy() as policy:
             if self._main:
-                export_policy(policy, self.config.output / POLICY)
+                export_policy(policy, self.config.output / POLICY, self.card)
                 write_result(result)
         self.accelerator.wait_for_everyone()
         return result

@@ -29,6 +29,7 @@ import torch
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.storage import write_json
 from spatial_forcing.students.base import POLICY
+from spatial_forcing.training.card import write_card
 from spatial_forcing.training.config import TrainConfig, changed_settings
 
 PACKAGES = (
@@ -175,10 +176,12 @@ def read_result(folder: Path) -> RunResult | None:
     return RunResult(folder, **json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
-def export_policy(student: Any, folder: Path) -> None:
-    """Write the bare student into `folder`, beside and renamed; what was there is replaced."""
+def export_policy(student: Any, folder: Path, card: dict[str, Any] | None) -> None:
+    """Write the bare student and its model card into `folder`; what was there is replaced at once."""
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     student.save_pretrained(beside)
+    if card is not None:
+        write_card(beside, card)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)

@@ -15,6 +15,7 @@ from spatial_forcing.data import Dataset, DatasetWriter
 from spatial_forcing.data.augment import Augment
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing import ForcingConfig
+from spatial_forcing.serving.policy import describe
 from spatial_forcing.students import LoraSettings, NanoConfig, Pi0Config, load_student
 from spatial_forcing.students.parity import example_observations
 from spatial_forcing.teachers.cache import CachedTeacher
@@ -105,6 +106,17 @@ def test_a_run_from_folders_resumes_exactly(folders, tmp_path):
         "task": "task 0",
     }
     assert load_student(whole.policy).act([observation]).shape == (1, 2, 4)
+
+
+@pytest.mark.parametrize(("alpha", "teacher"), [(0.5, "fake"), (0.0, "none")])
+def test_a_policy_says_which_teacher_trained_it(folders, tmp_path, alpha, teacher):
+    result = train(make_config(folders, tmp_path / "run", alpha=alpha))
+    found = describe(load_student(result.policy), result.policy)
+    assert (found["teacher"], found["licence"]) == (teacher, "not stated in the checkpoint's README.md")
+    assert ("Apache-2.0" in found["teacher_licence"]) == (teacher == "fake")
+    export(ExportOptions(tmp_path / "run", tmp_path / "exported"))
+    assert describe(load_student(tmp_path / "exported"), tmp_path / "exported")["teacher"] == teacher
+    assert (tmp_path / "exported" / "README.md").read_text().endswith("\n")
 
 
 def test_a_saved_policy_can_be_fine_tuned(folders, tmp_path):
