@@ -72,6 +72,8 @@ class TrainConfig:
         teacher: name of the teacher to run live, or whose cache must be used; `shuffled:` before the latter
             trains the control in which every frame has another's features.
         cache: folder of its cached features; then no teacher runs in training.
+        future: frames by which the target is later than the images, from a cache (see
+            `teachers.controls.FutureTeacher`); 0: the target is of the same frame.
         steps: optimizer steps.
         extend: go on with a run of fewer `steps`; the schedule is restated for the new number.
         batch_size: samples an optimizer step, over all processes and micro-batches, so that a configuration
@@ -108,6 +110,7 @@ class TrainConfig:
     forcing: ForcingConfig = field(default_factory=ForcingConfig)
     teacher: str | None = None
     cache: Path | None = None
+    future: int = 0
     keys: tuple[str, ...] = ()
     store: Path | None = None
     steps: int = 1000
@@ -170,6 +173,9 @@ class TrainConfig:
                 f"lora.rank is {self.lora.rank} and init_from is none: adapters on frozen random weights "
                 "learn nothing useful. Name the student to fine-tune, or set lora.rank to 0."
             )
+        self._check(self.future >= 0, "future", "0 or more frames")
+        if self.future and self.forces and (self.teacher or "").startswith("shuffled:"):
+            raise ConfigError("future and a shuffled teacher exclude each other; leave one out.")
         if self.forces and self.teacher is None and self.cache is None:
             raise ConfigError(
                 f"forcing.alpha is {self.forcing.alpha} and there is neither a teacher nor a cache; "

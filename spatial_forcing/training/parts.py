@@ -24,7 +24,7 @@ from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import CachedTeacher
 from spatial_forcing.teachers.cache.source import dataset_source
 from spatial_forcing.teachers.cards import VARIANT
-from spatial_forcing.teachers.controls import SHUFFLED, ShuffledTeacher
+from spatial_forcing.teachers.controls import SHUFFLED, FutureTeacher, ShuffledTeacher
 from spatial_forcing.teachers.recorded import RECORDED_DEPTH
 from spatial_forcing.training.config import TrainConfig
 
@@ -128,8 +128,15 @@ def make_teacher(config: TrainConfig, dataset: Dataset) -> Teacher | None:
         return None
     if config.cache is None:
         assert config.teacher is not None
+        if config.future:
+            raise ConfigError(
+                f"future is {config.future} frames: later features come from a cache alone; build one with "
+                "`spatial-forcing cache build` and name it in `cache`."
+            )
         return load_teacher(config.teacher, dataset=dataset)
     cached = open_cache(config, config.cache, dataset)
+    if config.future:
+        return FutureTeacher(cached, config.future)
     return ShuffledTeacher(cached) if (config.teacher or "").startswith(SHUFFLED) else cached
 
 

@@ -10,7 +10,7 @@ from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import CachedTeacher
-from spatial_forcing.teachers.controls import ShuffledTeacher
+from spatial_forcing.teachers.controls import FutureTeacher, ShuffledTeacher
 from tests.fakes import FakeTeacher
 from tests.teachers.cache.cache_fakes import FakeSource, build, views_of
 
@@ -50,6 +50,21 @@ def test_the_permutation_is_fixed_by_the_seed(source, cached):
     first, again = ShuffledTeacher(cached).donors(frames), ShuffledTeacher(cached).donors(frames[::-1])[::-1]
     assert first.tolist() == again.tolist()
     assert first.tolist() != ShuffledTeacher(cached, seed=1).donors(frames).tolist()
+
+
+def test_a_later_frames_features_stay_within_the_episode(tmp_path):
+    source = FakeSource()  # episodes of 3, 5, 2 and 4 frames
+    cached = CachedTeacher(build(FakeTeacher(), source, tmp_path / "cache"))
+    later = FutureTeacher(cached, 2)
+    assert isinstance(later, Teacher)
+    assert later.donors(np.arange(14)).tolist() == [2, 2, 2, 5, 6, 7, 7, 7, 9, 9, 12, 13, 13, 13]
+    frames = np.array([0, 3, 7])
+    (ours,) = later.features(views_of(source, frames))
+    (theirs,) = cached.features(views_of(source, np.array([2, 5, 7])))
+    assert torch.equal(ours, theirs)
+    assert later.fingerprint != cached.fingerprint
+    with pytest.raises(ConfigError, match="future is 0 frames"):
+        FutureTeacher(cached, 0)
 
 
 def test_it_names_itself_and_refuses_what_the_cache_refuses(source, cached):

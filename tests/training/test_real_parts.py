@@ -119,6 +119,17 @@ def test_a_policy_says_which_teacher_trained_it(folders, tmp_path, alpha, teache
     assert (tmp_path / "exported" / "README.md").read_text().endswith("\n")
 
 
+def test_a_later_frame_is_the_target_only_where_asked(folders, tmp_path):
+    same, later = (build_parts(make_config(folders, tmp_path, future=future)).teacher for future in (0, 2))
+    keys = np.array([0, 4])
+    assert isinstance(same, CachedTeacher)
+    assert later.donors(keys).tolist() == [2, 4]  # the first episode has five frames
+    with pytest.raises(ConfigError, match=r"future is 2 frames.*cache build"):
+        build_parts(make_config(folders, tmp_path, future=2, cache=None))
+    with pytest.raises(ConfigError, match="future is -1"):
+        make_config(folders, tmp_path, future=-1)
+
+
 def test_a_saved_policy_can_be_fine_tuned(folders, tmp_path):
     first = train(make_config(folders, tmp_path / "first", alpha=0.0))
     config = make_config(folders, tmp_path / "second", init_from=first.policy)

@@ -131,6 +131,13 @@ class CachedTeacher:
         found[found] = keys[found] < self._table[line[found], 1]
         return found
 
+    def last_frames(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The last frame of the episode of each frame, (n,); a frame that is not cached is its own."""
+        found, last = self.holds(keys), keys.copy()
+        line = np.searchsorted(self._table[:, 0], keys[found], side="right") - 1
+        last[found] = self._table[line, 1] - 1
+        return last
+
     def to(self, device: torch.device | str) -> Self:
         """Deliver features on `device`."""
         self.device = torch.device(device)
