@@ -425,48 +425,65 @@ def _card(name: str, licence: str, note: str, facts: TeacherFacts, commercial: s
 
 
 GATED = "Gated: accept its licence on the hub first."
-_card("facebook/dinov2-base", "Apache-2.0", "DINOv2 ViT-B.", TeacherFacts(86.6, 768, 224))
-_card("facebook/dinov2-large", "Apache-2.0", "DINOv2 ViT-L.", TeacherFacts(304.4, 1024, 224))
+_card("facebook/dinov2-base", "Apache-2.0", "DINOv2 ViT-B.", TeacherFacts(86.6, 768, 224, cost=0.012))
+_card("facebook/dinov2-large", "Apache-2.0", "DINOv2 ViT-L.", TeacherFacts(304.4, 1024, 224, cost=0.048))
 _card(
     "facebook/dinov2-with-registers-large",
     "Apache-2.0",
     "DINOv2 ViT-L with registers.",
-    TeacherFacts(304.4, 1024, 224),
+    TeacherFacts(304.4, 1024, 224, cost=0.047),
 )
 _card(
     "facebook/dinov3-vitb16-pretrain-lvd1689m",
     "LicenseRef-DINOv3",
     f"DINOv3 ViT-B. {GATED}",
-    TeacherFacts(85.7, 768, 224),
+    TeacherFacts(85.7, 768, 224, cost=0.011),
 )
 _card(
     "facebook/dinov3-vitl16-pretrain-lvd1689m",
     "LicenseRef-DINOv3",
     f"DINOv3 ViT-L. {GATED}",
-    TeacherFacts(303.1, 1024, 224),
+    TeacherFacts(303.1, 1024, 224, cost=0.037),
 )
 _card(
     "facebook/vjepa2-vitl-fpc64-256",
     "MIT",
     "V-JEPA 2 ViT-L on a still; square views of 256 px only (framing 'pad' for others).",
-    TeacherFacts(303.9, 1024, 256),
+    TeacherFacts(303.9, 1024, 256, cost=0.048),
 )
 _card(
     "nvidia/C-RADIOv4-H",
     "LicenseRef-NVIDIA-Open-Model",
     "RADIO ViT-H. Needs transformers 5.16.",
-    TeacherFacts(651.7, 1280, 224),
+    TeacherFacts(651.7, 1280, 224, cost=0.075),
 )
 _card(
     "google/tipsv2-b14",
     "LicenseRef-see-its-card",
     "TIPSv2 ViT-B. Needs transformers 5.16.",
-    TeacherFacts(86.3, 768, 448),
+    TeacherFacts(86.3, 768, 448, cost=0.055),
 )
-_card("google/siglip-base-patch16-224", "Apache-2.0", "SigLIP ViT-B.", TeacherFacts(92.9, 768, 224))
-_card("google/siglip-so400m-patch14-384", "Apache-2.0", "SigLIP so400m.", TeacherFacts(428.2, 1152, 378))
-_card("google/siglip2-base-patch16-224", "Apache-2.0", "SigLIP 2 ViT-B.", TeacherFacts(92.9, 768, 224))
-_card("google/siglip2-so400m-patch14-384", "Apache-2.0", "SigLIP 2 so400m.", TeacherFacts(428.2, 1152, 378))
+_card(
+    "google/siglip-base-patch16-224", "Apache-2.0", "SigLIP ViT-B.", TeacherFacts(92.9, 768, 224, cost=0.01)
+)
+_card(
+    "google/siglip-so400m-patch14-384",
+    "Apache-2.0",
+    "SigLIP so400m.",
+    TeacherFacts(428.2, 1152, 378, cost=0.18),
+)
+_card(
+    "google/siglip2-base-patch16-224",
+    "Apache-2.0",
+    "SigLIP 2 ViT-B.",
+    TeacherFacts(92.9, 768, 224, cost=0.01),
+)
+_card(
+    "google/siglip2-so400m-patch14-384",
+    "Apache-2.0",
+    "SigLIP 2 so400m.",
+    TeacherFacts(428.2, 1152, 378, cost=0.18),
+)
 _card(
     "apple/DepthPro-hf",
     "LicenseRef-Apple-AMLR",

@@ -29,13 +29,13 @@ __all__ = [
 HUB = "depth-anything/"
 FREE, NON_COMMERCIAL = "Apache-2.0", "CC-BY-NC-4.0"
 
-register(f"{HUB}DA3-SMALL", SMALL, FREE, "Any view.", TeacherFacts(22.1, 768, 504, True, None))
+register(f"{HUB}DA3-SMALL", SMALL, FREE, "Any view.", TeacherFacts(22.1, 768, 504, True, 0.033))
 register(
     f"{HUB}DA3-BASE",
     BASE,
     FREE,
     "Any view. What the recipes take.",
-    TeacherFacts(86.6, 1536, 504, True, None),
+    TeacherFacts(86.6, 1536, 504, True, 0.093),
 )
 for _name in ("DA3-LARGE", "DA3-LARGE-1.1"):
     register(
@@ -43,7 +43,7 @@ for _name in ("DA3-LARGE", "DA3-LARGE-1.1"):
         LARGE,
         NON_COMMERCIAL,
         "Any view. Not for commercial use.",
-        TeacherFacts(304.4, 2048, 504, True, None),
+        TeacherFacts(304.4, 2048, 504, True, 0.29),
         commercial=f"{HUB}DA3-BASE",
     )
 for _name in ("DA3-GIANT", "DA3-GIANT-1.1"):
@@ -52,7 +52,7 @@ for _name in ("DA3-GIANT", "DA3-GIANT-1.1"):
         GIANT,
         NON_COMMERCIAL,
         "Any view. Not for commercial use.",
-        TeacherFacts(1136.5, 3072, 504, True, None),
+        TeacherFacts(1136.5, 3072, 504, True, 1.0),
         commercial=f"{HUB}DA3-BASE",
     )
 for _name, _note in (("METRIC", "Depth in metres."), ("MONO", "Depth up to scale.")):
@@ -61,5 +61,5 @@ for _name, _note in (("METRIC", "Depth in metres."), ("MONO", "Depth up to scale
         SINGLE_VIEW,
         FREE,
         f"One view. {_note} Add ?views=alone for several.",
-        TeacherFacts(304.4, 1024, 504, False, None),
+        TeacherFacts(304.4, 1024, 504, False, 0.27),
     )

@@ -52,6 +52,6 @@ TEACHERS.add(
         licence="Apache-2.0",
         note="Small VGGT pretrained by this project on rendered multi-view scenes; ships with the package.",
         folder=NANO_FOLDER,
-        facts=TeacherFacts(1.7, 256, 128, True, None),
+        facts=TeacherFacts(1.7, 256, 128, True, 0.0002),
     ),
 )
