@@ -48,7 +48,8 @@ class CompareConfig:
             of them enters a run: actions and states are scaled by the statistics of the others.
         episodes: evaluation episodes of each task, the same for every run.
         early_episodes: the same at checkpoints before the last; none: as many.
-        videos: of each task, filmed after the last step of every run and shown on the page.
+        videos: of each task, filmed after the last step of every run of the first training seed and shown on
+            the page.
         first_episode: seed of the first of them. Choose others to confirm what a search has found.
         execute: actions of a chunk that are carried out before the policy is asked again.
         horizon: steps after which an episode has failed; none: the environment's own.

@@ -261,7 +261,8 @@ def _evaluate(config: CompareConfig, run: Run, step: int, pool: WorkerPool) -> N
         workers=pool,
         execute=config.execute,
         out=run.episodes,
-        videos=config.videos if step == run.train.steps else 0,
+        # One seed is enough to look at; filming takes as long as half an episode.
+        videos=config.videos if step == run.train.steps and run.cell.seed == config.seeds[0] else 0,
         tags=run.cell.tags | {"step": step},
     )
 

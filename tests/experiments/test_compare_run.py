@@ -270,6 +270,8 @@ def test_the_page_is_made_again_from_a_folder_that_was_moved(
     config = settings(moving_rooms, tmp_path / "out", held_out=0.25, steps=4, checkpoints=1, videos=1)
     found = compare(config, QUIET, make_room)
     before = write_page(config, found).read_bytes()
+    filmed = {path.relative_to(config.output).parts[1] for path in config.output.rglob("*.mp4")}
+    assert filmed == {"alpha0-seed0", "sf-seed0", "fusion-seed0"}  # of the first training seed
     moved = config.output.rename(tmp_path / "moved")
     (moved / "report.html").unlink()
     stamps = {path: path.stat().st_mtime_ns for path in moved.rglob("*") if path.is_file()}
