@@ -31,7 +31,7 @@ $(VENV)/.libero: $(VENV)/.stamp
 	  && $(BIN)/python -m pip install --quiet --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1 \
 	  && touch $@ || echo "make: LIBERO's simulator could not be installed; tests that need it will be skipped"
 
-quickstart: setup gl libero  ## The main job, end to end: about eleven minutes on two cores
+quickstart: setup gl libero  ## The main job, end to end: ten minutes on two cores
 	$(SPATIAL_FORCING) quickstart $(ARGS)
 
 quickstart-smoke: setup gl libero  ## The same stages at toy size: under four minutes

@@ -20,8 +20,8 @@ def quickstart(
     Where LIBERO's assets are not found, plain ones are made in the user's cache folder.
 
     Args:
-        config: settings; the defaults take about eleven minutes on two cores.
-        long: more demonstrations, steps and seeds, and a third arm: an estimated hour.
+        config: settings; the defaults take ten minutes on two cores.
+        long: more demonstrations, steps and seeds, and a third arm: about three quarters of an hour.
         smoke: run every stage at toy size (only --output is read); its numbers mean nothing.
     """
     default = QuickstartConfig().output
