@@ -173,16 +173,12 @@ class FrozenTeacher(ABC):
         )
 
 
-class SceneTeacher(FrozenTeacher):
-    """A teacher that encodes the views of a sample together, and may predict depth and cameras from them.
+class GridTeacher(FrozenTeacher):
+    """A teacher whose network gives a grid of features for every view.
 
     Views are resized to `resolution` without changing what they show (see `framing`). Those present in a
-    sample are encoded together, in the order of `views.cameras`; the first of them is the reference view.
-    Absent ones get zero rows and influence nothing.
+    sample are encoded, in the order of `views.cameras`. Absent ones get zero rows and influence nothing.
     """
-
-    heads: ClassVar[tuple[str, ...]]
-    """What `predict` can be asked for."""
 
     @property
     @abstractmethod
@@ -194,18 +190,9 @@ class SceneTeacher(FrozenTeacher):
     def depth(self) -> int:
         """Number of layers that can be asked for."""
 
-    @property
-    @abstractmethod
-    def _head_layers(self) -> int:
-        """Layers that the dense heads read."""
-
     @abstractmethod
     def _encode(self, images: Tensor, layers: Sequence[int]) -> Sequence[Tensor]:
         """Framed images (n, s, 3, H, W) to patch tokens (n, s, h, w, C) of each layer, padding included."""
-
-    @abstractmethod
-    def _predict(self, images: Tensor, heads: Sequence[str]) -> dict[str, Tensor]:
-        """Framed images (n, s, 3, H, W) to maps (n, s, ...)."""
 
     @torch.no_grad()
     def features(self, views: Views, layers: Sequence[int] = (-1,)) -> tuple[Tensor, ...]:
@@ -218,22 +205,41 @@ class SceneTeacher(FrozenTeacher):
         Raises:
             ConfigError: a layer does not exist.
         """
-        resolve_layers(layers, self.depth)
+        wanted = resolve_layers(layers, self.depth)
         grid = self._grid(*views.images.shape[-2:])
         lead = (*views.present.shape, *grid)
         results: tuple[Tensor, ...] = ()
-        for rows, columns, framed in self._scenes(views, len(set(layers))):
+        for rows, columns, framed in self._scenes(views, len(set(wanted))):
             with self._precision():
-                encoded = self._encode(framed.images.unflatten(0, (len(rows), -1)), layers)
+                encoded = self._encode(framed.images.unflatten(0, (len(rows), -1)), wanted)
             # Not before the first forward, whose peak they would raise.
-            results = results or self._zeros(lead, len(layers))
+            results = results or self._zeros(lead, len(wanted))
             for result, layer in zip(results, encoded, strict=True):
                 patches = self._without_padding(layer.flatten(0, 1).float(), framed, grid)
                 result[rows[:, None], columns] = patches.unflatten(0, layer.shape[:2])
-        return results or self._zeros(lead, len(layers))
+        return results or self._zeros(lead, len(wanted))
 
     def _zeros(self, lead: tuple[int, ...], count: int) -> tuple[Tensor, ...]:
         return tuple(torch.zeros(*lead, self.dim, device=self.device) for _ in range(count))
+
+
+class SceneTeacher(GridTeacher):
+    """A teacher that encodes the views of a sample together, and may predict depth and cameras from them.
+
+    The first of the present views is the reference view.
+    """
+
+    heads: ClassVar[tuple[str, ...]]
+    """What `predict` can be asked for."""
+
+    @property
+    @abstractmethod
+    def _head_layers(self) -> int:
+        """Layers that the dense heads read."""
+
+    @abstractmethod
+    def _predict(self, images: Tensor, heads: Sequence[str]) -> dict[str, Tensor]:
+        """Framed images (n, s, 3, H, W) to maps (n, s, ...)."""
 
     @torch.no_grad()
     def predict(self, views: Views, heads: Sequence[str] | None = None) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ import transformers
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from spatial_forcing.alignment import Views
 from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.teachers.cards import (
     RANDOM,
@@ -31,12 +30,8 @@ from spatial_forcing.teachers.cards import (
     TeacherFacts,
     check_variant,
 )
-from spatial_forcing.teachers.frozen import DEFAULT_MEMORY, FrozenTeacher, lower_weights, random_stream
-from spatial_forcing.teachers.layers import resolve_layers
-from spatial_forcing.teachers.preprocess import IMAGENET_MEAN, IMAGENET_STD, Framed, frame
-
-RESIZE_RULE = "bicubic, antialias, clamp, fit to whole patches, v1"
-"""Part of the fingerprint: change it when the arithmetic changes."""
+from spatial_forcing.teachers.frozen import DEFAULT_MEMORY, GridTeacher, lower_weights, random_stream
+from spatial_forcing.teachers.preprocess import ANTIALIASED_RULE, IMAGENET_MEAN, IMAGENET_STD, Framed, frame
 
 
 @dataclass(frozen=True)
@@ -177,7 +172,7 @@ class _Enough(Exception):
     """The last asked block has run."""
 
 
-class ImageTeacher(FrozenTeacher):
+class ImageTeacher(GridTeacher):
     """A frozen 2D vision transformer that implements `protocols.Teacher`.
 
     Layer k is the output of block k through the model's final norm; blocks after the last asked one, pooling
@@ -246,7 +241,7 @@ class ImageTeacher(FrozenTeacher):
 
     def _facts(self) -> dict[str, Any]:
         config = {k: v for k, v in self.model.config.to_dict().items() if k != "transformers_version"}
-        facts = {"config": config, "mean": self.mean, "std": self.std, "resize": RESIZE_RULE}
+        facts = {"config": config, "mean": self.mean, "std": self.std, "resize": ANTIALIASED_RULE}
         return json.loads(json.dumps(facts, default=str))
 
     def _bytes(self, views: int, height: int, width: int, layers: int) -> int:
@@ -269,31 +264,11 @@ class ImageTeacher(FrozenTeacher):
     def _frame(self, images: Tensor, valid: Tensor) -> Framed:
         return frame(images, valid, self.resolution, self.patch, self.framing, antialias=True)
 
-    @torch.no_grad()
-    def features(self, views: Views, layers: Sequence[int] = (-1,)) -> tuple[Tensor, ...]:
-        """Patch features of the asked layers, one (B, V, h, w, C) float32 tensor each; absent views are zero.
-
-        Raises:
-            ConfigError: a layer does not exist.
-        """
-        wanted = resolve_layers(layers, self.depth)
-        grid = self._grid(*views.images.shape[-2:])
-        results = tuple(
-            torch.zeros(*views.present.shape, *grid, self.dim, device=self.device) for _ in wanted
-        )
-        for rows, columns, framed in self._scenes(views, len(set(wanted))):
-            encoded = self._encode(framed.images.clamp(0, 1), wanted)
-            height, width = (side // self.patch for side in framed.images.shape[-2:])
-            for result, layer in zip(results, wanted, strict=True):
-                # Class and register tokens come first.
-                patches = encoded[layer][:, -height * width :].unflatten(1, (height, width))
-                values = self._without_padding(patches, framed, grid)
-                result[rows[:, None], columns] = values.unflatten(0, (len(rows), len(columns)))
-        return results
-
-    def _encode(self, images: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Normed outputs (N, tokens, C) of the blocks `layers`, by block."""
+    def _encode(self, images: Tensor, layers: Sequence[int]) -> Sequence[Tensor]:
+        """Normed outputs of the blocks `layers`; class and register tokens, which come first, are dropped."""
+        grid = tuple(side // self.patch for side in images.shape[-2:])
         mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        pixels = (images.flatten(0, 1).clamp(0, 1) - mean) / std
         outputs: dict[int, Tensor] = {}
 
         def keep(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -301,14 +276,15 @@ class ImageTeacher(FrozenTeacher):
             if layer == max(layers):
                 raise _Enough
 
-        with ExitStack() as hooks, self._precision():
+        with ExitStack() as hooks:
             for layer in set(layers):
                 hook = self._blocks[layer].register_forward_hook(lambda _, __, out, k=layer: keep(k, out))
                 hooks.callback(hook.remove)
             with suppress(_Enough):
-                self.model(**self.family.inputs((images - mean) / std, self.model.config))
-            norm = self.family.norm(self.model)
-            return {layer: norm(output.float()).float() for layer, output in outputs.items()}
+                self.model(**self.family.inputs(pixels, self.model.config))
+        norm, count = self.family.norm(self.model), grid[0] * grid[1]
+        normed = {layer: norm(output.float()).float()[:, -count:] for layer, output in outputs.items()}
+        return [normed[layer].unflatten(1, grid).unflatten(0, images.shape[:2]) for layer in layers]
 
 
 def read_settings(source: str) -> dict[str, Any]:

@@ -11,20 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatial_forcing.alignment import Views
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.teachers.cards import Framing
-from spatial_forcing.teachers.frozen import DEFAULT_MEMORY, FrozenTeacher
-from spatial_forcing.teachers.layers import resolve_layers
-from spatial_forcing.teachers.preprocess import Framed, frame
+from spatial_forcing.teachers.frozen import DEFAULT_MEMORY, GridTeacher
+from spatial_forcing.teachers.preprocess import ANTIALIASED_RULE, Framed, frame
 
 Encode = Callable[[Tensor], Tensor | Sequence[Tensor]]
 """Images in [0, 1], (N, 3, H, W) or (B, S, 3, H, W), to a grid (..., h, w, C), or one for each layer."""
-RESIZE_RULE = "bicubic, antialias, clamp, fit to whole patches, v1"
-"""Part of the fingerprint: change it when the arithmetic changes."""
 
 
-class OwnTeacher(FrozenTeacher):
+class OwnTeacher(GridTeacher):
     """What `as_teacher` returns. Implements `Teacher`."""
 
     def __init__(
@@ -39,9 +35,19 @@ class OwnTeacher(FrozenTeacher):
         version: str,
         **options: Any,
     ) -> None:
-        self._encode, self.dim, self.depth, self._patch = encode, dim, depth, patch
+        self._function, self._dim, self._depth, self._patch = encode, dim, depth, patch
         self._together, self._version = together, version
         super().__init__(module, **options)
+
+    @property
+    def dim(self) -> int:
+        """C, channels of one feature."""
+        return self._dim
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self._depth
 
     @property
     def patch(self) -> int:
@@ -55,7 +61,7 @@ class OwnTeacher(FrozenTeacher):
         kind = f"{type(self._module).__module__}.{type(self._module).__qualname__}"
         return {
             "kind": kind, "version": self._version, "dim": self.dim, "patch": self.patch,
-            "together": self._together, "resize": RESIZE_RULE,
+            "together": self._together, "resize": ANTIALIASED_RULE,
         }  # fmt: skip
 
     def _bytes(self, views: int, height: int, width: int, layers: int) -> int:
@@ -66,37 +72,21 @@ class OwnTeacher(FrozenTeacher):
     def _frame(self, images: Tensor, valid: Tensor) -> Framed:
         return frame(images, valid, self.resolution, self.patch, self.framing, antialias=True)
 
-    @torch.no_grad()
-    def features(self, views: Views, layers: Sequence[int] = (-1,)) -> tuple[Tensor, ...]:
-        """Features of the asked layers, one (B, V, h, w, C) float32 tensor each; absent views are zero.
-
-        Raises:
-            ConfigError: a layer does not exist.
-            DataError: the module's output has another shape than was promised.
-        """
-        wanted = resolve_layers(layers, self.depth)
-        grid = self._grid(*views.images.shape[-2:])
-        shape = (*views.present.shape, *grid, self.dim)
-        results = tuple(torch.zeros(shape, device=self.device) for _ in wanted)
-        for rows, columns, framed in self._scenes(views, len(set(wanted))):
-            images = framed.images.clamp(0, 1)
-            lead = (len(rows), len(columns))
-            with self._precision():
-                found = self._encode(images.unflatten(0, lead) if self._together else images)
-            grids = (found,) if isinstance(found, Tensor) else tuple(found)
-            cells = tuple(side // self.patch for side in images.shape[-2:])
-            expected = (*(lead if self._together else (len(images),)), *cells, self.dim)
-            if len(grids) != self.depth or any(tuple(g.shape) != expected for g in grids):
-                raise DataError(
-                    f"{self.name!r} gave {[tuple(g.shape) for g in grids]} for images of "
-                    f"{tuple(images.shape[-2:])}; expected {self.depth} of {expected}. Correct the function, "
-                    "or dim, patch and depth."
-                )
-            for result, layer in zip(results, wanted, strict=True):
-                patches = grids[layer].float().reshape(len(images), *cells, self.dim)
-                values = self._without_padding(patches, framed, grid)
-                result[rows[:, None], columns] = values.unflatten(0, lead)
-        return results
+    def _encode(self, images: Tensor, layers: Sequence[int]) -> Sequence[Tensor]:
+        """The function's grids, checked: (n, s, h, w, C) each."""
+        images = images.clamp(0, 1)
+        found = self._function(images if self._together else images.flatten(0, 1))
+        grids = (found,) if isinstance(found, Tensor) else tuple(found)
+        cells = tuple(side // self._patch for side in images.shape[-2:])
+        lead = images.shape[:2] if self._together else (images.shape[0] * images.shape[1],)
+        expected = (*lead, *cells, self.dim)
+        if len(grids) != self.depth or any(tuple(g.shape) != expected for g in grids):
+            raise DataError(
+                f"{self.name!r} gave {[tuple(g.shape) for g in grids]} for images of "
+                f"{tuple(images.shape[-2:])}; expected {self.depth} of {expected}. Correct the function, or "
+                "dim, patch and depth."
+            )
+        return [grids[layer].reshape(*images.shape[:2], *cells, self.dim) for layer in layers]
 
 
 def as_teacher(

@@ -27,6 +27,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 RESIZE_RULE = "bicubic, no antialias, no clamp, fit to whole patches, v1"
 """Part of a teacher's fingerprint: change it when the arithmetic below changes."""
+ANTIALIASED_RULE = "bicubic, antialias, clamp, fit to whole patches, v1"
+"""The same of teachers that filter before shrinking, and clamp to [0, 1]."""
 
 
 @dataclass(frozen=True)
