@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -253,9 +254,12 @@ class Dataset:
             raise DataError(f"frame index {index} is out of range; {self.root} has {len(self)} frames.")
         return self.episodes[int(self.episode_index[index])]
 
-    def content_hash(self, episode: int, cameras: Sequence[str] | None = None) -> str:
+    def content_hash(
+        self, episode: int, cameras: Sequence[str] | None = None, *, geometry: bool = False
+    ) -> str:
         """SHA-256 of an episode's encoded colour images (default: all cameras), in camera order.
 
+        With `geometry`, also of the depth, intrinsics and extrinsics of these cameras, where there are any.
         It depends on neither the files the episode lies in nor its position in the dataset.
         """
         if not 0 <= episode < len(self.episodes):
@@ -275,7 +279,21 @@ class Dataset:
             for index in range(entry.start, entry.stop):
                 with self._lock:
                     digest.update(self._encoded_image(entry, key, index))
+        if geometry:
+            self._hash_geometry(digest, entry, self.cameras if cameras is None else cameras)
         return digest.hexdigest()
+
+    def _hash_geometry(self, digest: hashlib._Hash, entry: Episode, cameras: Sequence[str]) -> None:
+        for camera in cameras:
+            info = self.info.features[self.info.camera_key(camera)].get("info") or {}
+            digest.update(json.dumps([camera, info.get("intrinsics")]).encode())
+            if camera in self.info.depths:
+                for index in range(entry.start, entry.stop):
+                    with self._lock:
+                        digest.update(self._encoded_image(entry, self.info.depths[camera], index))
+            if extrinsic_key(camera) in self._table.column_names:
+                poses = [self.extrinsics(index, camera).tobytes() for index in range(entry.start, entry.stop)]
+                digest.update(b"".join(poses))
 
     def source_files(self, cameras: Sequence[str]) -> list[Path]:
         """Every file that holds frames of `cameras`."""

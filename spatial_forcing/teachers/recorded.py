@@ -42,6 +42,11 @@ VERSION = 1
 """Part of the fingerprint: change it when the arithmetic changes."""
 
 
+def reads_depth(name: str) -> bool:
+    """Whether the teacher of this name looks at a dataset's depth instead of its images."""
+    return name.partition(VARIANT)[0] == RECORDED_DEPTH
+
+
 class DepthInfo(Protocol):
     """The part of `spatial_forcing.data.DatasetInfo` that this teacher reads."""
 

@@ -23,9 +23,8 @@ from spatial_forcing.students.base import StudentConfig, StudentModule
 from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.cache import CachedTeacher
 from spatial_forcing.teachers.cache.source import dataset_source
-from spatial_forcing.teachers.cards import VARIANT
 from spatial_forcing.teachers.controls import SHUFFLED, FutureTeacher, ShuffledTeacher
-from spatial_forcing.teachers.recorded import RECORDED_DEPTH
+from spatial_forcing.teachers.recorded import reads_depth
 from spatial_forcing.training.config import TrainConfig
 
 
@@ -183,7 +182,7 @@ def make_batches(config: TrainConfig, student: StudentModule, dataset: Dataset) 
     framed_alike = len(sizes) == 1 and all(height == width for height, width in sizes)
     untouched = framed_alike and config.augment is None
     # Cached features and recorded depth belong to the stored frames; other teachers see the student's.
-    recorded = (config.teacher or "").partition(VARIANT)[0] == RECORDED_DEPTH
+    recorded = reads_depth(config.teacher or "")
     stored = config.forces and (config.cache is not None or recorded)
     return BatchLoader(
         dataset,

@@ -1,9 +1,12 @@
 """Recorded depth as a teacher: geometry of analytic scenes, the encoding, holes, live and cached."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,13 +15,14 @@ from hypothesis import strategies as st
 from spatial_forcing.alignment import Views
 from spatial_forcing.data import Dataset, DatasetWriter
 from spatial_forcing.data.augment import Augment
+from spatial_forcing.data.info import extrinsic_key
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing import ForcingConfig, SpatialForcing, layout_from_offset
 from spatial_forcing.forcing.target import make_targets
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.students import NanoConfig
 from spatial_forcing.teachers import load_teacher
-from spatial_forcing.teachers.cache import build_cache, dataset_source
+from spatial_forcing.teachers.cache import CachedTeacher, build_cache, dataset_source
 from spatial_forcing.teachers.recorded import WAVELENGTHS, RecordedDepth, median_cells, surface
 from spatial_forcing.training import TrainConfig, train
 from spatial_forcing.training.config import OptimConfig
@@ -275,3 +279,21 @@ def test_means_over_what_was_not_measured_are_refused(recorded, tmp_path):
             SpatialForcing(FakeStudent(), teacher, ForcingConfig(**{setting: True}))
     with pytest.raises(ConfigError, match="leave channels out"):
         build_cache(teacher, dataset_source(recorded, CAMERAS), tmp_path, channels=16, progress=False)
+
+
+def test_a_cache_notices_that_the_depth_has_changed(recorded, tmp_path):
+    """The colour images stay; their hashes alone would not tell."""
+    teacher = load_teacher("recorded-depth", dataset=recorded)
+    source = dataset_source(recorded, CAMERAS)
+    build_cache(teacher, source, tmp_path / "cache", progress=False)
+    CachedTeacher(tmp_path / "cache", source=source)
+    changed = shutil.copytree(recorded.root, tmp_path / "changed")
+    (file,) = changed.glob("data/**/*.parquet")
+    table, name = pq.read_table(file), extrinsic_key("front")
+    moved = np.stack(table[name].to_pylist()) + 0.01
+    column = pa.array(moved.tolist(), type=table.schema.field(name).type)
+    pq.write_table(table.set_column(table.column_names.index(name), table.schema.field(name), column), file)
+    other = dataset_source(Dataset.open(changed), CAMERAS)
+    assert other.episodes == source.episodes
+    with pytest.raises(DataError, match=r"no episode of .*changed is the same"):
+        CachedTeacher(tmp_path / "cache", source=other)

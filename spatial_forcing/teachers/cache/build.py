@@ -32,7 +32,7 @@ from spatial_forcing.teachers.cache.format import (
     read_shards,
 )
 from spatial_forcing.teachers.cache.read import CachedTeacher, changed_episodes, foreign_dataset
-from spatial_forcing.teachers.cache.source import FrameSource, SourceEpisode, wanted_episodes
+from spatial_forcing.teachers.cache.source import FrameSource, SourceEpisode, source_of, wanted_episodes
 from spatial_forcing.teachers.layers import resolve_layers
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def build_cache(
         EnvironmentSetupError: not enough disk space (nothing was written), the disk filled up (completed
             shards are kept), another process is building here.
     """
-    folder = Path(folder)
+    folder, source = Path(folder), source_of(teacher.name, source)
     names = tuple(source.cameras if cameras is None else cameras)
     _check_settings(source, names, dtype, batch_size)
     _check_basis(teacher, channels, dtype, standardise, basis_frames)

@@ -19,7 +19,7 @@ from spatial_forcing.teachers.cache.format import (
     read_shards,
 )
 from spatial_forcing.teachers.cache.read import changed_episodes, foreign_dataset
-from spatial_forcing.teachers.cache.source import FrameSource
+from spatial_forcing.teachers.cache.source import FrameSource, source_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def prune_cache(folder: str | Path, source: FrameSource | None = None, *, dry_ru
     """
     folder = Path(folder)
     header = CacheHeader.load(folder)
+    source = None if source is None else source_of(header.teacher.name, source)
     with exclusive(folder, wait=False, doing="changing the cache"), disk_full_explained(folder, KEPT):
         shards = read_shards(folder)
         gone = set() if source is None else set(changed_episodes(source, shards))

@@ -27,7 +27,7 @@ from spatial_forcing.teachers.cache.format import (
     decode_present,
     read_shards,
 )
-from spatial_forcing.teachers.cache.source import FrameSource
+from spatial_forcing.teachers.cache.source import FrameSource, source_of
 from spatial_forcing.teachers.cards import announce_licence
 from spatial_forcing.teachers.layers import resolve_layers
 
@@ -81,7 +81,7 @@ class CachedTeacher:
         for shard in self._shards:
             shard.check_size(self.header.row)
         if source is not None:
-            self._check_source(source)
+            self._check_source(source_of(facts.name, source))
         # One line an episode, sorted by first index: first, stop, shard, row of its first frame.
         table = sorted(
             (e.first, e.first + e.length, number, e.row)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spatial_forcing.errors import DataError
+from spatial_forcing.teachers.recorded import reads_depth
 
 Indices = NDArray[np.int64]
 Images = Callable[[Indices, str], NDArray[np.uint8]]
@@ -93,8 +95,10 @@ class DatasetLike(Protocol):
         """One frame, (H, W, 3) uint8."""
         ...
 
-    def content_hash(self, episode: int, cameras: Sequence[str] | None = None) -> str:
-        """Digest of an episode's images."""
+    def content_hash(
+        self, episode: int, cameras: Sequence[str] | None = None, *, geometry: bool = False
+    ) -> str:
+        """Digest of an episode's images and, with `geometry`, of their depth and poses."""
         ...
 
 
@@ -107,17 +111,28 @@ class DatasetSource:
         cameras: Sequence[str],
         images: Images | None,
         episodes: Sequence[int] | None = None,
+        geometry: bool = False,
     ) -> None:
         self.identity = str(dataset.root)
         self.cameras = tuple(cameras)
-        self.episodes = []
         self.wanted = None if episodes is None else frozenset(episodes)
-        for e in dataset.episodes:
+        self._dataset, self._images, self._geometry = dataset, images, geometry
+
+    @cached_property
+    def episodes(self) -> list[SourceEpisode]:
+        """The episode table; hashes the content of every episode, once."""
+        found = []
+        for e in self._dataset.episodes:
             # An episode that is left out may be damaged.
             with nullcontext() if self.wanted is None or e.index in self.wanted else suppress(DataError):
-                digest = dataset.content_hash(e.index, self.cameras)
-                self.episodes.append(SourceEpisode(e.start, e.length, e.index, digest))
-        self._dataset, self._images = dataset, images
+                digest = self._dataset.content_hash(e.index, self.cameras, geometry=self._geometry)
+                found.append(SourceEpisode(e.start, e.length, e.index, digest))
+        return found
+
+    def with_geometry(self) -> DatasetSource:
+        """The same frames, of which depth and poses count as content, too."""
+        wanted = None if self.wanted is None else sorted(self.wanted)
+        return DatasetSource(self._dataset, self.cameras, self._images, wanted, geometry=True)
 
     def images(self, indices: Indices, camera: str) -> NDArray[np.uint8]:
         """Frames by absolute index, (n, H, W, 3) uint8."""
@@ -139,9 +154,16 @@ def dataset_source(
     """Read a cache's frames from `dataset`.
 
     Args:
-        dataset: an opened `spatial_forcing.data.Dataset`; its episodes are hashed here.
+        dataset: an opened `spatial_forcing.data.Dataset`.
         cameras: default all of them, in the dataset's order.
         images: a faster way to the same frames, such as `DecodedStore.build(dataset, cameras).images`.
         episodes: encode these only; a cache may hold others of the dataset as well. Default: all.
     """
     return DatasetSource(dataset, cameras if cameras is not None else dataset.cameras, images, episodes)
+
+
+def source_of(teacher: str, source: FrameSource) -> FrameSource:
+    """`source` with what a teacher of this name looks at as content: depth and poses for `recorded-depth`."""
+    if reads_depth(teacher) and isinstance(source, DatasetSource):
+        return source.with_geometry()
+    return source

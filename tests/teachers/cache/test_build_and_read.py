@@ -370,7 +370,7 @@ def test_datasets_plug_in(folder):
         def image(self, index, camera):
             return frames._image(index, camera)
 
-        def content_hash(self, episode, cameras=None):
+        def content_hash(self, episode, cameras=None, *, geometry=False):
             return f"{episode} of {cameras}"
 
     plain = dataset_source(Dataset(), CAMERAS)
