@@ -169,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         run(arguments)
+        sys.stdout.flush()  # here, where a closed pipe is understood, and not while the interpreter ends
     except GroupRequested as group:
         Console().print(usage(group.path))
         sys.exit(0 if arguments else USER_ERROR)

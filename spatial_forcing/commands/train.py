@@ -17,11 +17,11 @@ from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.students import LoraStudent, load_student
 from spatial_forcing.students.base import POLICY, read_json
 from spatial_forcing.students.base import read_config as read_student_config
+from spatial_forcing.students.card import read_card
 from spatial_forcing.students.lora import MODEL_TYPE as LORA
 from spatial_forcing.students.parity import merge_checked
 from spatial_forcing.training import PRESETS, TrainConfig
 from spatial_forcing.training import train as run_training
-from spatial_forcing.training.card import read_card
 from spatial_forcing.training.run import CONFIG, export_policy
 
 DEFAULT_PRESET = "nano-metaworld"

@@ -22,8 +22,8 @@ from spatial_forcing.serving.codec import plain
 from spatial_forcing.serving.request import Request, Signature
 from spatial_forcing.students import load_student
 from spatial_forcing.students.base import CONFIG_FILE, POLICY, WEIGHTS_FILE, StudentModule, read_config
+from spatial_forcing.students.card import CARD, SECTION
 from spatial_forcing.students.normalize import Normalizer
-from spatial_forcing.training.card import CARD, SECTION
 
 WARM_UP_SIDE = 224
 UNKNOWN = "not stated in the checkpoint's README.md"

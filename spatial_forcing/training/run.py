@@ -29,7 +29,7 @@ import torch
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.storage import write_json
 from spatial_forcing.students.base import POLICY
-from spatial_forcing.training.card import write_card
+from spatial_forcing.students.card import write_card
 from spatial_forcing.training.config import TrainConfig, changed_settings
 
 PACKAGES = (

@@ -86,6 +86,7 @@ def test_a_run_resumes_exactly_and_exports_the_published_layout(folders, tmp_pat
         "config.json",
         "model.safetensors",
         "dataset_statistics.json",
+        "README.md",
         "action_head--latest_checkpoint.pt",
         "proprio_projector--latest_checkpoint.pt",
     }
