@@ -310,7 +310,7 @@ class SpatialForcing(nn.Module):
     @torch.compiler.disable
     def _align(self, states: Mapping[int, Sequence[Tensor]], ready: _Prepared) -> tuple[Tensor, Metrics]:
         """The alignment loss from captured states; scaled for ranks and micro-batches, not by alpha."""
-        if self.training:
+        if self.training and not self._projector_trains:
             self._check_projector_trains()
         samples = ready.samples
         count = int(samples.sum())
@@ -338,9 +338,9 @@ class SpatialForcing(nn.Module):
     def _check_projector_trains(self) -> None:
         """Warn once where the student has been updated and the projector has not: no optimizer holds it."""
         own = [] if self.projector is None else [p for p in self.projector.parameters() if p.requires_grad]
-        others = [p for p in self.student.parameters() if p.requires_grad]
-        if self._projector_trains or not own or not torch.is_grad_enabled():
+        if not own or not torch.is_grad_enabled():
             return
+        others = (p for p in self.student.parameters() if p.requires_grad)
         now = (sum(p._version for p in others), sum(p._version for p in own))
         before = self._versions = self._versions or now
         if now[0] == before[0]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import metadata_load
 from numpy.typing import NDArray
 from torch import nn
 
@@ -22,7 +21,7 @@ from spatial_forcing.serving.codec import plain
 from spatial_forcing.serving.request import Request, Signature
 from spatial_forcing.students import load_student
 from spatial_forcing.students.base import CONFIG_FILE, POLICY, WEIGHTS_FILE, StudentModule, read_config
-from spatial_forcing.students.card import CARD, SECTION
+from spatial_forcing.students.card import SECTION, load_header
 from spatial_forcing.students.normalize import Normalizer
 
 WARM_UP_SIDE = 224
@@ -177,15 +176,7 @@ def describe(student: Student, folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the model card's header cannot be read.
     """
-    config = read_config(folder)
-    card: Any = None
-    try:
-        card = metadata_load(folder / CARD) if (folder / CARD).is_file() else None
-    except Exception as error:  # yaml has a family of exceptions of its own
-        raise CheckpointError(
-            f"the header of {folder / CARD} is not YAML ({error}); correct it; the licence is read there."
-        ) from error
-    card = card if isinstance(card, dict) else {}
+    config, card = read_config(folder), load_header(folder)
     used = card.get(SECTION)
     used = used if isinstance(used, dict) else {}
     norms = {k: v for k, v in config.items() if k.endswith("_norm") and isinstance(v, str)}

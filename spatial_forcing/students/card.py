@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import metadata_load, metadata_save
 
+from spatial_forcing.errors import CheckpointError
+
 CARD = "README.md"
 SECTION = "spatial_forcing"
 """Section of the card's header; `serve` reads it."""
@@ -14,8 +16,7 @@ SECTION = "spatial_forcing"
 
 def write_card(folder: Path, header: dict[str, Any]) -> None:
     """Write README.md into a policy's folder; what a header is there already says is kept."""
-    path = folder / CARD
-    held = (metadata_load(path) or {}) if path.is_file() else {}
+    path, held = folder / CARD, load_header(folder)
     if not path.is_file():
         path.write_text(f"---\n---\n{_body(header[SECTION])}", encoding="utf-8")
     metadata_save(path, {**header, **held, SECTION: header[SECTION]})
@@ -23,9 +24,24 @@ def write_card(folder: Path, header: dict[str, Any]) -> None:
 
 def read_card(folder: Path) -> dict[str, Any] | None:
     """The header that `write_card` wrote, or None where there is none."""
+    found = load_header(folder)
+    return found if SECTION in found else None
+
+
+def load_header(folder: Path) -> dict[str, Any]:
+    """The header of the card in a policy's folder; empty where there is none.
+
+    Raises:
+        CheckpointError: it is not YAML.
+    """
     path = folder / CARD
-    found = metadata_load(path) if path.is_file() else None
-    return found if isinstance(found, dict) and SECTION in found else None
+    try:
+        found = metadata_load(path) if path.is_file() else None
+    except Exception as error:  # yaml has a family of exceptions of its own
+        raise CheckpointError(
+            f"the header of {path} is not YAML ({error}); correct it; the licence is read there."
+        ) from error
+    return found if isinstance(found, dict) else {}
 
 
 def _body(used: dict[str, Any]) -> str:

@@ -5,11 +5,13 @@ Weights are `model.safetensors` or `model.pt` (a flat state dict); both are mapp
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -17,7 +19,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spatial_forcing.errors import CheckpointError
+from spatial_forcing.errors import CheckpointError, ConfigError
+from spatial_forcing.registry import did_you_mean
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -135,3 +138,12 @@ def check_shapes(
         raise CheckpointError(
             f"{where} does not fit the model it is loaded as. {'; '.join(problems)}. {remedy}"
         )
+
+
+def checked_settings(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values` of a config file with lists as tuples. Raises `ConfigError` for names that `kind` lacks."""
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where} config has an unknown key {key!r}.{did_you_mean(key, known)}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spatial_forcing.errors import ConfigError
-from spatial_forcing.registry import did_you_mean
+from spatial_forcing.teachers.files import checked_settings
 
 OWN_SECTION = "spatial_forcing"
 """Section of a `config.json` that this package wrote: the sizes of a model that is none of the published."""
@@ -98,17 +98,8 @@ class DA3Config:
         """Read `to_dict`'s output; what is not named keeps DA3-BASE's value. Raises `ConfigError`."""
         values = dict(values)
         if "head" in values:
-            values["head"] = DA3HeadConfig(**_checked(DA3HeadConfig, values["head"], "DA3 head"))
-        return cls(**_checked(cls, values, "DA3"))
-
-
-def _checked(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`values` with lists as tuples, after refusing names that `kind` does not have."""
-    known = [f.name for f in dataclasses.fields(kind)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{where} config has an unknown key {key!r}.{did_you_mean(key, known)}")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            values["head"] = DA3HeadConfig(**checked_settings(DA3HeadConfig, values["head"], "DA3 head"))
+        return cls(**checked_settings(cls, values, "DA3"))
 
 
 _WIDE = (256, 512, 1024, 1024)

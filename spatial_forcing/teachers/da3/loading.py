@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.storage import replace_file, write_json
@@ -155,7 +155,7 @@ def save_da3(model: DA3, folder: str | Path, *, licence: str) -> None:
         raise ConfigError("cannot save a DA3 without its heads; build it with heads=True.")
     weights: dict[str, Tensor] = {
         published_name(name): value.detach().to("cpu", torch.float32).contiguous()
-        for name, value in nn.Module.state_dict(model).items()
+        for name, value in model.state_dict().items()
         if not published_name(name).startswith(ALIASES)
     }
     known = [name for name, config in MODELS.items() if config == model.config]

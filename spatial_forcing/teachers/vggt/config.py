@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spatial_forcing.errors import ConfigError
-from spatial_forcing.registry import did_you_mean
 from spatial_forcing.stem import fits_stem
 from spatial_forcing.teachers.dpt import DPTConfig
+from spatial_forcing.teachers.files import checked_settings
 
 HUB_ONLY_KEYS = ("enable_track",)
 """Keys of published `config.json` files that describe parts this package never builds."""
@@ -124,14 +124,5 @@ class VGGTConfig:
         parts = {"dinov2": DinoV2Config, "camera": CameraHeadConfig, "dpt": DPTConfig}
         for name, part in parts.items():
             if name in values:
-                values[name] = part(**_checked(part, values[name], name))
-        return cls(**_checked(cls, values, "VGGT"))
-
-
-def _checked(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`values` with lists as tuples, after refusing names that `kind` does not have."""
-    known = [f.name for f in dataclasses.fields(kind)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{where} config has an unknown key {key!r}.{did_you_mean(key, known)}")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+                values[name] = part(**checked_settings(part, values[name], name))
+        return cls(**checked_settings(cls, values, "VGGT"))
