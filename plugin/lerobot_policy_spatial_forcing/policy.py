@@ -119,7 +119,7 @@ class ForcedPolicy:
         """Refuse to train when everything below the tap is frozen."""
         forcing = self.forcing
         assert forcing is not None
-        k = max(depth for depth, _ in forcing.pairs)
+        k = max(pair.blocks for pair in forcing.pairs)
         parts = [*forcing.student.blocks[:k], *(self.get_submodule(path) for path in self.family.below)]
         if any(p.requires_grad for part in parts for p in part.parameters()):
             return

@@ -28,7 +28,7 @@ def first_input(policy, batch):
 def test_the_tap_fires_once(family):
     policy = family.forced().train()
     calls = []
-    block = policy.forcing.student.blocks[policy.forcing.pairs[0][0]]
+    block = policy.forcing.student.blocks[policy.forcing.pairs[0].blocks]
     first_norm(block).register_forward_pre_hook(lambda *_: calls.append(1))
     loss, metrics = policy(family.batch())
     assert len(calls) == 1

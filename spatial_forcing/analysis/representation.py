@@ -130,10 +130,10 @@ def on_grid(features: Tensor, size: tuple[int, int]) -> Tensor:
     return read.permute(0, 2, 3, 1).unflatten(0, features.shape[:2])
 
 
-def load_projector(checkpoint: Path) -> Projector | None:
+def load_projector(checkpoint: Path, label: str = "") -> Projector | None:
     """The projector of a training checkpoint, in eval mode; None for a run without alignment.
 
-    Where every pair has its own, that of the first pair.
+    Where every pair has its own, that of the first pair; of several teachers, that of the one with `label`.
 
     Raises:
         CheckpointError: the file is not a projector of this package.
@@ -142,7 +142,8 @@ def load_projector(checkpoint: Path) -> Projector | None:
     if not path.exists():
         return None
     held = load_file(path)
-    prefix = "projector.0." if any(k.startswith("projector.0.") for k in held) else "projector."
+    prefixes = (f"projector.{label}.", "projector.0.", "projector.")
+    prefix = next(p for p in prefixes if p == prefixes[-1] or any(k.startswith(p) for k in held))
     state = {k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)}
     if "conv.weight" in state:
         return None  # a convolution needs the tokens' grid, which is not kept here

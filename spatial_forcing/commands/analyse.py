@@ -19,8 +19,11 @@ from spatial_forcing.forcing.config import resolve_pairs
 from spatial_forcing.storage import write_json
 from spatial_forcing.students import load_student
 from spatial_forcing.teachers import load_teacher
+from spatial_forcing.teachers.cache.format import CacheHeader
+from spatial_forcing.teachers.controls import SHUFFLED
 from spatial_forcing.training import TrainConfig, read_metrics
 from spatial_forcing.training.checkpoint import latest_checkpoint
+from spatial_forcing.training.config import TeacherSource
 from spatial_forcing.training.parts import open_dataset
 from spatial_forcing.training.run import CHECKPOINTS
 
@@ -58,15 +61,18 @@ def analyse(options: tyro.conf.OmitArgPrefixes[AnalyseOptions]) -> None:
     if checkpoint is None:
         raise CheckpointError(f"{options.run / CHECKPOINTS} holds no complete checkpoint; train first.")
     student = load_student(checkpoint.policy)
-    named = options.teacher or (config.teacher or "vggt-nano").removeprefix("shuffled:")
-    teacher = load_teacher(named)
+    used = {_name_of(source): source.label for source in config.sources}
+    named = options.teacher or next(iter(used), config.teacher or "vggt-nano")
     dataset = open_dataset(replace(config, dataset=options.dataset or config.dataset))
+    teacher = load_teacher(named, dataset=dataset)
     index = np.unique(np.linspace(0, len(dataset) - 1, options.frames).astype(int)).tolist()
     frames = Frames.read(dataset, index, student_cameras(student, dataset))
-    layer = resolve_pairs(config.forcing.pairs, len(student.blocks), teacher.depth)[0][0]
-    found, shown = represent(
-        student, teacher, frames, aligned=layer, projector=load_projector(checkpoint.folder)
-    )
+    label = used.get(named, next(iter(used.values()), ""))
+    depths = dict.fromkeys(used.values(), teacher.depth) or {"": teacher.depth}
+    pairs = resolve_pairs(config.forcing, len(student.blocks), depths)
+    layer = next(pair.blocks for pair in pairs if pair.label == label)
+    projector = load_projector(checkpoint.folder, label)
+    found, shown = represent(student, teacher, frames, aligned=layer, projector=projector)
     audit = audit_section(read_metrics(options.run))
     sections = (representation_section(found, shown, frames, maps=options.maps),)
     folder = options.output or options.run
@@ -86,3 +92,10 @@ def analyse(options: tyro.conf.OmitArgPrefixes[AnalyseOptions]) -> None:
             "no gradient audit was logged: train with --audit-every N (none at alpha 0)", highlight=False
         )
     console.print(f"page: {write_report(page, folder / 'analysis.html')}")
+
+
+def _name_of(source: TeacherSource) -> str:
+    if source.teacher is not None:
+        return source.teacher.removeprefix(SHUFFLED)
+    assert source.cache is not None
+    return CacheHeader.load(source.cache).teacher.name

@@ -27,7 +27,7 @@ from spatial_forcing.doctor.report import Check, Report
 from spatial_forcing.doctor.subject import Subject
 from spatial_forcing.doctor.verify import claims, explain, paint_patches
 from spatial_forcing.errors import ConfigError, LayoutError, SpatialForcingError
-from spatial_forcing.forcing.config import resolve_pairs
+from spatial_forcing.forcing.config import ForcingConfig, resolve_pairs
 from spatial_forcing.forcing.layout import Grid
 from spatial_forcing.forcing.module import SpatialForcing
 from spatial_forcing.students.base import evaluating
@@ -141,9 +141,9 @@ class _Examination:
         check.lines.append(f"chosen: {self.blocks}")
         check.lines += [f"also seen: {other}" for other in seen if other is not self.blocks]
         self.report.facts |= {"blocks": self.blocks.path, "depth": len(self.blocks.blocks)}
-        self.layer = resolve_pairs(
-            None if self.options.layer is None else ((self.options.layer, -1),), len(self.blocks.blocks), 1
-        )[0][0]
+        given = self.options.layer
+        method = ForcingConfig(pairs=None if given is None else ((given, -1),))
+        self.layer = resolve_pairs(method, len(self.blocks.blocks), {"": 1})[0].blocks
 
     def tokens(self, check: Check) -> None:
         """3: the positions of each view's tokens, found by painting, and the claim or proposal verified."""

@@ -108,7 +108,7 @@ def follow(forcing: SpatialForcing, batch: Mapping[str, Any], blocks: Candidate)
             action loss does not depend on the aligned tokens (after the last block it need not).
     """
     student: Any = forcing.student
-    layer = forcing.pairs[0][0]
+    layer = forcing.pairs[0].blocks
     with seeded():
         _, align_loss, _ = forcing.losses(batch)
     named = {n: p for n, p in student.named_parameters() if p.requires_grad}

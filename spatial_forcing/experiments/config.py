@@ -242,19 +242,31 @@ def train_config(
         )
     except ConfigError as error:
         raise ConfigError(f"arm {cell.arm.name!r} with preset {config.preset!r}: {error}") from error
-    cache = None if teacher is None else (caches or {}).get(teacher.removeprefix(SHUFFLED))
+    built = caches or {}
+    cache = built.get((found.teacher or "").removeprefix(SHUFFLED))
+    several = {label: built[name] for label, name in found.teachers.items() if name in built}
     if episodes is not None and found.episodes is not None:
         raise ConfigError("compare.held_out chooses the episodes; drop `episodes` from compare.set.")
     return replace(
-        found, cache=cache, init_from=init, episodes=found.episodes if episodes is None else tuple(episodes)
+        found,
+        cache=cache,
+        caches=several,
+        init_from=init,
+        episodes=found.episodes if episodes is None else tuple(episodes),
     )
 
 
 def target_teacher(config: CompareConfig, arm: ArmSpec) -> str | None:
-    """Name of the teacher that an arm is aligned with, as a training configuration takes it."""
+    """Name of the teacher that an arm is aligned with, as a training configuration takes it.
+
+    An arm's own `teacher=NAME` stands before that of the comparison, and `teachers=...` in place of it.
+    """
+    if "teachers" in arm.overrides:
+        return None
+    own = arm.overrides.get("teacher")
     names = {
         "none": None,
-        "teacher": config.target,
+        "teacher": own or config.target,
         "image": config.image_teacher,
         "shuffled": SHUFFLED + config.target,
         "random": RANDOM + config.target,
@@ -275,7 +287,8 @@ def teacher_layers(runs: Sequence[TrainConfig]) -> dict[str, tuple[int, ...]]:
     """Layers that must be cached, by teacher."""
     wanted: dict[str, set[int]] = {}
     for run in runs:
-        if run.forces and run.teacher is not None:
-            pairs = run.forcing.pairs or ((0, -1),)
-            wanted.setdefault(run.teacher.removeprefix(SHUFFLED), set()).update(layer for _, layer in pairs)
+        for source in run.sources:
+            if source.teacher is not None:
+                name = source.teacher.removeprefix(SHUFFLED)
+                wanted.setdefault(name, set()).update(run.forcing.layers_of(source.label))
     return {teacher: tuple(sorted(layers)) for teacher, layers in wanted.items()}

@@ -238,7 +238,7 @@ def _write(config: QuickstartConfig, found: Comparison) -> Path:
     dataset, teacher = Dataset.open(config.demonstrations.root), load_teacher(TEACHER)
     forced = next(run.train for run in runs if run.train.forces)
     untrained = cast(Student, make_student(forced, dataset))
-    layer = resolve_pairs(forced.forcing.pairs, len(untrained.blocks), teacher.depth)[0][0]
+    layer = resolve_pairs(forced.forcing, len(untrained.blocks), {"": teacher.depth})[0].blocks
     tests = hold_out(dataset, config.held_out)[1]
     with one_thread():  # small models: a second thread gains little, and loses much beside other work
         probed = probe_depth(

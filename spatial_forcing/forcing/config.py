@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,9 +24,13 @@ class ForcingConfig:
         schedule, warmup, end, floor, stop_at: see `AlphaSchedule`; fractions of training.
         pairs: (student layer, teacher layer) pairs. A student layer k is the
             residual stream after k decoder blocks (0: before the first; -1: after the last). A teacher
-            layer counts its blocks from 0, negative from the end. None: ((round(0.75 * depth), -1),).
-        projectors: `shared`, one for all pairs, or `independent`, one for each pair. Independent ones start
-            equal, as the shared one would, so that both choices begin with the same loss.
+            layer counts its blocks from 0, negative from the end. None: ((round(0.75 * depth), -1),), once
+            for each teacher.
+        teachers: the label of each pair's teacher, where there are several (FRAPPE, arXiv 2602.17259).
+            Empty with `pairs` None: every teacher, in its order.
+        weights: of each pair's loss; the weighted losses are added. Empty: their mean.
+        projectors: `shared`, one for all pairs of a teacher, or `independent`, one for each pair. Independent
+            ones start equal, as the shared one would, so that both choices begin with the same loss.
         loss: distance of projected tokens and targets: `cosine`, the paper's, or one of `extras.losses`.
         projection: `mlp`, the paper's trained projector, `frozen`: the same with its initial weights, or
             `conv`: one convolution, and targets normalised in each view (`extras.projections`).
@@ -53,6 +58,8 @@ class ForcingConfig:
     floor: float = 0.0
     stop_at: float = 1.0
     pairs: Pairs | None = None
+    teachers: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     projectors: Literal["shared", "independent"] = "shared"
     loss: Loss = "cosine"
     projection: Projection = "mlp"
@@ -77,19 +84,47 @@ class ForcingConfig:
         if self.pairs is not None:
             # JSON and the command line deliver lists.
             object.__setattr__(self, "pairs", tuple((int(k), int(layer)) for k, layer in self.pairs))
-        object.__setattr__(self, "widths", tuple(float(w) for w in self.widths))
-        self._check_pairs(1 if self.pairs is None else len(self.pairs))
+        object.__setattr__(self, "teachers", tuple(self.teachers))
+        for name in ("weights", "widths"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        self._check_pairs()
+        for weight in self.weights:
+            _finite_not_negative("weights", weight)
 
     @property
     def alpha_schedule(self) -> AlphaSchedule:
         """The schedule of alpha, validated."""
         return AlphaSchedule(self.schedule, self.warmup, self.end, self.floor, self.stop_at)
 
-    def _check_pairs(self, count: int) -> None:
-        if count == 0:
+    def layers_of(self, label: str) -> tuple[int, ...]:
+        """The layers, as configured, of the teacher with this label."""
+        if self.pairs is None:
+            return (-1,)
+        labels = self.teachers or (label,) * len(self.pairs)
+        return tuple(layer for (_, layer), own in zip(self.pairs, labels, strict=True) if own == label)
+
+    def check_count(self, count: int) -> None:
+        """Raise `ConfigError` where a setting that has one entry for each of `count` pairs has others."""
+        for name in ("teachers", "weights", "widths"):
+            given = getattr(self, name)
+            if given and len(given) != count:
+                raise ConfigError(
+                    f"forcing.{name} has {len(given)} entries for {count} pairs; give one each."
+                )
+
+    def _check_pairs(self) -> None:
+        if self.pairs == ():
             raise ConfigError("forcing.pairs is empty; name at least one pair, or set alpha to 0.")
-        if self.pairs is not None and len(set(self.pairs)) != count:
-            raise ConfigError(f"forcing.pairs names a pair twice: {self.pairs}; remove one.")
+        if self.pairs is not None or self.teachers:  # else one for each teacher, however many there are
+            self.check_count(len(self.teachers if self.pairs is None else self.pairs))
+        pairs = self.pairs or ()
+        named = [*zip(self.teachers, pairs or self.teachers, strict=True)] if self.teachers else list(pairs)
+        if len(set(named)) != len(named):
+            raise ConfigError(f"forcing.pairs names a pair twice: {named}; remove one.")
+        if self.weights and not sum(self.weights):
+            raise ConfigError(
+                f"forcing.weights is {self.weights}, which aligns nothing; set forcing.alpha to 0 for that."
+            )
         if self.projection == "conv" and (self.gate or self.widths):
             raise ConfigError(
                 "forcing.projection 'conv' has no hidden layer for forcing.gate or forcing.widths; clear "
@@ -102,14 +137,14 @@ class ForcingConfig:
                 "forcing.gate mixes the layers before one projector, so there are no independent ones; set "
                 "forcing.projectors to shared, or clear forcing.gate."
             )
-        if self.gate and self.pairs is not None and len({layer for _, layer in self.pairs}) != 1:
+        if self.gate and self.weights:
+            raise ConfigError(
+                "forcing.gate leaves one loss, which forcing.weights cannot weigh; clear one of them."
+            )
+        if self.gate and (len({layer for _, layer in pairs}) > 1 or len(set(self.teachers)) > 1):
             raise ConfigError(
                 f"forcing.gate mixes student layers for one target, but forcing.pairs {self.pairs} name "
                 "several teacher layers; give every pair the same one."
-            )
-        if self.widths and len(self.widths) != count:
-            raise ConfigError(
-                f"forcing.widths has {len(self.widths)} entries for {count} pairs; give one each."
             )
         if any(not 0 < w <= 1 for w in self.widths):
             raise ConfigError(f"forcing.widths is {self.widths}; expected fractions in (0, 1].")
@@ -125,22 +160,64 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"forcing.{name} is {value!r}; choose one of {', '.join(known)}.")
 
 
-def resolve_pairs(pairs: Pairs | None, student_depth: int, teacher_depth: int) -> Pairs:
-    """Turn configured pairs into (blocks before the tap, index of the teacher's block), both >= 0.
+@dataclass(frozen=True)
+class Pair:
+    """One alignment, resolved.
+
+    Attributes:
+        blocks: student blocks before the tap, 0 to all of them.
+        layer: index of the teacher's block.
+        label: of the teacher; empty where there is one alone.
+    """
+
+    blocks: int
+    layer: int
+    label: str = ""
+
+
+def resolve_pairs(config: ForcingConfig, student_depth: int, depths: Mapping[str, int]) -> tuple[Pair, ...]:
+    """The configured pairs with indices >= 0.
 
     The only place where "after k blocks" and negative indices are interpreted. A student of n blocks has
     n + 1 residual states, 0..n; a teacher of m blocks has m outputs, 0..m-1.
 
+    Args:
+        config: the method's settings.
+        student_depth: n.
+        depths: m by the label of every teacher; one alone has the label "".
+
     Raises:
-        ConfigError: an index out of range; the message gives the range.
+        ConfigError: an index out of range (the message gives the range), a label that no teacher has, or a
+            teacher that no pair names.
     """
-    chosen = ((max(1, round(0.75 * student_depth)), -1),) if pairs is None else pairs
-    return tuple(
-        (
-            _resolve(k, student_depth + 1, f"student layer {k}", f"{student_depth} blocks"),
-            _resolve(layer, teacher_depth, f"teacher layer {layer}", f"{teacher_depth} layers"),
+    several = len(depths) > 1
+    if several and config.pairs is not None and not config.teachers:
+        raise ConfigError(
+            f"there are the teachers {', '.join(depths)}; say in forcing.teachers which of them each of the "
+            f"{len(config.pairs)} forcing.pairs means."
         )
-        for k, layer in chosen
+    named = config.teachers or tuple(depths) * (1 if config.pairs is None else len(config.pairs))
+    if unknown := sorted(set(named) - set(depths)):
+        there = ", ".join(depths) if set(depths) != {""} else "one without a label"
+        raise ConfigError(f"forcing.teachers names {', '.join(unknown)}; the teachers are {there}.")
+    if idle := [label for label in depths if label not in named]:
+        raise ConfigError(f"forcing.teachers {named} leaves out {', '.join(idle)}; name it, or drop it.")
+    if config.gate and several:
+        raise ConfigError("forcing.gate mixes student layers for one teacher; there are several. Clear it.")
+    config.check_count(len(named))
+    chosen = config.pairs or ((max(1, round(0.75 * student_depth)), -1),) * len(named)
+    return tuple(
+        Pair(
+            _resolve(k, student_depth + 1, f"student layer {k}", f"{student_depth} blocks"),
+            _resolve(
+                layer,
+                depths[label],
+                f"layer {layer} of teacher {label}" if label else f"teacher layer {layer}",
+                f"{depths[label]} layers",
+            ),
+            label,
+        )
+        for (k, layer), label in zip(chosen, named, strict=True)
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from spatial_forcing.alignment import Alignment, TokenLayout
 from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.forcing.adapter import Alignable, ModuleStudent
-from spatial_forcing.forcing.config import ForcingConfig, resolve_pairs
+from spatial_forcing.forcing.config import ForcingConfig, Pair, resolve_pairs
 from spatial_forcing.forcing.distributed import SampleWeights, gather, shard_like
 from spatial_forcing.forcing.extras.cell_mean import CellMean
 from spatial_forcing.forcing.extras.gate import GatedProjector
@@ -33,15 +33,16 @@ from spatial_forcing.forcing.extras.widths import narrowed
 from spatial_forcing.forcing.layout import check_layout, gather_tokens, shifted
 from spatial_forcing.forcing.loss import alignment_loss, sample_cosines
 from spatial_forcing.forcing.projector import Projector
+from spatial_forcing.forcing.source import Source, by_label, of_label
 from spatial_forcing.forcing.tap import Tap, check_trainable, in_sequence, width_of
 from spatial_forcing.forcing.target import make_targets, token_validity
-from spatial_forcing.forcing.teacher_ref import TeacherRef
-from spatial_forcing.protocols import Batch, Metrics, Teacher, is_partial
+from spatial_forcing.protocols import Batch, Metrics, Teacher
 
 logger = logging.getLogger(__name__)
 
 Project = Callable[[Tensor, Tensor], Tensor]
 """(student tokens (B, N, D), valid (B, N)) -> teacher channels (B, N, C)."""
+AnyProjector = Projector | ConvProjector
 
 
 class SpatialForcing(nn.Module):
@@ -49,27 +50,29 @@ class SpatialForcing(nn.Module):
 
     Args:
         student: an `nn.Module` that is a `Student` (or `Alignable`; see `as_student`).
-        teacher: a `Teacher`; may be None where alpha is 0.
+        teacher: a `Teacher`, or several by label ("geometry", "semantics"), each with a projector of its own
+            (see `ForcingConfig.teachers`); may be None where alpha is 0.
         config: the method's settings. With alpha 0 there is no projector, no tap and no teacher call, and
             training is bit-identical to training the student alone.
         student_dim: width of the student's residual stream; default: read from its norms.
 
     Attributes:
         student: the policy; parameters are saved under `student.`.
-        projector: maps student tokens to teacher channels; a list with one for each pair where they are
-            independent; None where alpha is 0.
-        cell_mean, standardiser: running means (and scales) of the teacher's features, or None where the
-            configuration does not ask for them. Saved with the projector.
-        pairs: the aligned (blocks before the tap, teacher layer), resolved to indices >= 0.
+        projector: maps student tokens to teacher channels; by label where there are several teachers; a list
+            with one for each pair where they are independent; None where alpha is 0.
+        cell_mean, standardiser: running means (and scales) of the teacher's features (by label where there
+            are several), or None where the configuration does not ask for them. Saved with the projector.
+        pairs: what is aligned, resolved to indices >= 0.
 
     Raises:
-        ConfigError: no teacher although alpha > 0, a layer that does not exist, an unknown width.
+        ConfigError: no teacher although alpha > 0, a layer that does not exist, an unknown width, a label
+            that is no name.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | None,
+        teacher: Teacher | Mapping[str, Teacher] | None,
         config: ForcingConfig | None = None,
         *,
         student_dim: int | None = None,
@@ -77,10 +80,10 @@ class SpatialForcing(nn.Module):
         super().__init__()
         self.config = config if config is not None else ForcingConfig()
         self.student = student
-        self.projector: Projector | ConvProjector | nn.ModuleList | None = None
-        self.cell_mean: CellMean | None = None
-        self.standardiser: Standardiser | None = None
-        self.pairs: tuple[tuple[int, int], ...] = ()
+        self.projector: AnyProjector | nn.ModuleList | nn.ModuleDict | None = None
+        self.cell_mean: CellMean | nn.ModuleDict | None = None
+        self.standardiser: Standardiser | nn.ModuleDict | None = None
+        self.pairs: tuple[Pair, ...] = ()
         self._schedule = self.config.alpha_schedule
         self._progress: float | None = None
         self._weights = SampleWeights()
@@ -88,12 +91,12 @@ class SpatialForcing(nn.Module):
         self._trainable_checked = False
         self._versions: tuple[int, int] | None = None
         self._projector_trains = False
-        self._teacher = TeacherRef(teacher if self.active else None)
+        self._sources: tuple[Source, ...] = ()
         if self.active:
             self._attach(teacher, student_dim)
 
-    def _attach(self, teacher: Teacher | None, student_dim: int | None) -> None:
-        if teacher is None:
+    def _attach(self, teacher: Teacher | Mapping[str, Teacher] | None, student_dim: int | None) -> None:
+        if not teacher:
             raise ConfigError(
                 f"alpha is {self.config.alpha}, but there is no teacher; pass one (load_teacher) or set "
                 "alpha to 0."
@@ -104,53 +107,51 @@ class SpatialForcing(nn.Module):
                 "`final_norm` and `alignment(batch)`. Wrap the model with `as_student`."
             )
         config, final_norm = self.config, self._alignable.final_norm
-        self.pairs = resolve_pairs(config.pairs, len(self.blocks), teacher.depth)
-        self._tap = Tap(self.blocks, [k for k, _ in self.pairs], final_norm)
-        self._layers = tuple(dict.fromkeys(layer for _, layer in self.pairs))
+        teachers = teacher if isinstance(teacher, Mapping) else {"": teacher}
+        depths = {label: each.depth for label, each in teachers.items()}
+        self.pairs = resolve_pairs(config, len(self.blocks), depths)
+        self._sources = tuple(
+            Source.of(label, each, [pair.layer for pair in self.pairs if pair.label == label])
+            for label, each in teachers.items()
+        )
+        self._tap = Tap(self.blocks, [pair.blocks for pair in self.pairs], final_norm)
         width = student_dim or width_of(self.blocks, final_norm)
-        self.projector = self._new_projector(width, teacher.dim)
-        self._partial = is_partial(teacher)
-        if self._partial and (config.subtract_cell_mean or config.standardise):
-            raise ConfigError(
-                f"{teacher.name!r} says nothing of some cells, which would enter the means of "
-                "forcing.subtract_cell_mean and forcing.standardise; set both to false."
-            )
+        self.projector = self._new_projector(width, {source.label: source.dim for source in self._sources})
+        for source in self._sources:
+            source.check(means=config.subtract_cell_mean, standardise=config.standardise)
         if config.subtract_cell_mean:
-            self.cell_mean = CellMean(len(self._layers))
+            self.cell_mean = by_label({s.label: CellMean(len(s.layers)) for s in self._sources})
         if config.standardise:
-            if teacher.projected:
-                raise ConfigError(
-                    f"forcing.standardise would rescale the cached coordinates of {teacher.name!r}, not its "
-                    "channels; set it to false and build the cache with standardise instead."
-                )
-            self.standardiser = Standardiser(len(self._layers), teacher.dim)
+            self.standardiser = by_label({s.label: Standardiser(len(s.layers), s.dim) for s in self._sources})
         device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
         for own in (self.projector, self.cell_mean, self.standardiser):
             if own is not None:
                 own.to(device)
 
-    def _new_projector(self, width: int, channels: int) -> Projector | ConvProjector | nn.ModuleList:
-        """As configured; several layers share one, unless they are to have one each."""
+    def _new_projector(
+        self, width: int, channels: Mapping[str, int]
+    ) -> AnyProjector | nn.ModuleList | nn.ModuleDict:
+        """As configured; the pairs of a teacher share one, unless each is to have its own."""
         config = self.config
 
-        def one() -> Projector | ConvProjector:
+        def one(label: str) -> AnyProjector:
             if config.projection == "conv":
-                return ConvProjector(width, channels)
-            return Projector(width, channels, config.norm)
+                return ConvProjector(width, channels[label])
+            if config.gate:
+                return GatedProjector(width, channels[label], config.norm, len(self._tap.depths))
+            return Projector(width, channels[label], config.norm)
 
-        made: Projector | ConvProjector | nn.ModuleList
-        if config.gate:
-            made = GatedProjector(width, channels, config.norm, len(self._tap.depths))
-        elif config.projectors == "independent":
-            made = nn.ModuleList(one() for _ in self.pairs)
+        made: AnyProjector | nn.ModuleList | nn.ModuleDict
+        if config.projectors == "independent":
+            made = nn.ModuleList(one(pair.label) for pair in self.pairs)
+            if len(self.pairs) > len(channels):
+                logger.warning(
+                    "forcing.projectors is independent for %d layers; ROCKET reports 80.0 with a projector "
+                    "each against 98.2 with a shared one.",
+                    len(self.pairs),
+                )
         else:
-            made = one()
-        if config.projectors == "independent" and len(self.pairs) > 1:
-            logger.warning(
-                "forcing.projectors is independent for %d layers; ROCKET reports 80.0 with a projector each "
-                "against 98.2 with a shared one.",
-                len(self.pairs),
-            )
+            made = by_label({label: one(label) for label in channels})
         return made.requires_grad_(config.projection != "frozen")
 
     # ---- what the training loop uses
@@ -318,18 +319,21 @@ class SpatialForcing(nn.Module):
         device = next(iter(states.values()))[0].device
         weight = self._weights.next(count, device) if self.training else 1 / max(count, 1)
         hidden = {k: self._tokens(k, calls, ready) for k, calls in states.items()}
-        targets = dict(zip(self._layers, self._targets(ready), strict=True))
+        targets = self._targets(ready)
         mask = ready.valid.flatten(1)
         losses, metrics = [], {}
-        for name, project, state, layer in self._compared(hidden, ready.valid):
+        for name, project, state, pair in self._compared(hidden, ready.valid):
             on_device = mask.to(state.device)
             projected = project(state, on_device)
-            target = targets[layer].flatten(1, 3).to(state.device)
-            aimed = on_device & (target != 0).any(-1) if self._partial else on_device
+            target, partial = targets[pair.label, pair.layer]
+            target = target.flatten(1, 3).to(state.device)
+            aimed = on_device & (target != 0).any(-1) if partial else on_device
             losses.append(self._distance(projected, target, aimed, weight, ready.valid.shape[1]))
             cosines = sample_cosines(projected.detach(), target, aimed)
             metrics[f"cosine/{name}"] = cosines.sum() * weight
-        align_loss = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+        together = torch.stack([loss.to(losses[0].device) for loss in losses])
+        weights = self.config.weights
+        align_loss = (together * together.new_tensor(weights)).sum() if weights else together.mean()
         metrics["cosine"] = torch.stack(list(metrics.values())).mean()
         metrics["align_loss"] = align_loss.detach()
         metrics["samples_without_tokens"] = (~samples).sum().float()
@@ -361,24 +365,31 @@ class SpatialForcing(nn.Module):
 
     def _compared(
         self, hidden: Mapping[int, Tensor], grid: Tensor
-    ) -> Iterator[tuple[str, Project, Tensor, int]]:
-        """What is compared: name, projector, states (B, N, D), teacher layer.
+    ) -> Iterator[tuple[str, Project, Tensor, Pair]]:
+        """What is compared: name, projector, states (B, N, D), and with what.
 
         `grid` says which tokens have a target, (B, V, h, w) bool.
         """
         if isinstance(self.projector, GatedProjector):
-            layer = self._layers[0]
-            yield f"teacher{layer}", self.projector, self.projector.mix(list(hidden.values())), layer
+            pair = self.pairs[0]
+            name = f"{pair.label or 'teacher'}{pair.layer}"
+            yield name, self.projector, self.projector.mix(list(hidden.values())), pair
             return
-        for i, (k, layer) in enumerate(self.pairs):
+        for i, pair in enumerate(self.pairs):
             own = self.projector[i] if isinstance(self.projector, nn.ModuleList) else self.projector
+            own = of_label(own, pair.label)
             project: Project
             if isinstance(own, ConvProjector):
                 project = own.on(grid)
             else:
                 projector = cast(Projector, own)
                 project = narrowed(projector, self.config.widths[i]) if self.config.widths else projector
-            yield f"block{k}_teacher{layer}", project, hidden[k], layer
+            yield (
+                f"block{pair.blocks}_{pair.label or 'teacher'}{pair.layer}",
+                project,
+                hidden[pair.blocks],
+                pair,
+            )
 
     def _tokens(self, k: int, calls: Sequence[Tensor], ready: _Prepared) -> Tensor:
         state = in_sequence(calls, ready.alignment.sequence, k)
@@ -388,27 +399,33 @@ class SpatialForcing(nn.Module):
         return gather_tokens(state, ready.layout)
 
     @torch.no_grad()
-    def _targets(self, ready: _Prepared) -> Sequence[Tensor]:
+    def _targets(self, ready: _Prepared) -> dict[tuple[str, int], tuple[Tensor, bool]]:
+        """By label and layer, the target (B, V, h, w, C) and whether zeros in it say nothing."""
         views, valid = ready.alignment.views, ready.valid
-        teacher = self._teacher.on(views.device)
-        # The means of places are summed over ranks, so a rank without a token must take part in it.
-        if bool(valid.any()) or self.cell_mean is not None:
-            features = teacher.features(views, self._layers)
-        else:
-            nothing = torch.zeros(*valid.shape[:2], 1, 1, teacher.dim, device=views.device)
-            features = (nothing,) * len(self._layers)
-        return make_targets(
-            features,
-            views,
-            ready.layout,
-            valid=valid,
-            registration=self.config.registration,
-            pe_scale=self.config.pe_scale,
-            cell_mean=self.cell_mean,
-            standardiser=self.standardiser,
-            partial=self._partial,
-            normalised=self.config.projection == "conv",
-        )
+        found: dict[tuple[str, int], tuple[Tensor, bool]] = {}
+        for source in self._sources:
+            teacher = source.teacher.on(views.device)
+            # The means of places are summed over ranks, so a rank without a token must take part in it.
+            if bool(valid.any()) or self.cell_mean is not None:
+                features = teacher.features(views, source.layers)
+            else:
+                nothing = torch.zeros(*valid.shape[:2], 1, 1, teacher.dim, device=views.device)
+                features = (nothing,) * len(source.layers)
+            made = make_targets(
+                features,
+                views,
+                ready.layout,
+                valid=valid,
+                registration=self.config.registration,
+                pe_scale=self.config.pe_scale,
+                cell_mean=cast("CellMean | None", of_label(self.cell_mean, source.label)),
+                standardiser=cast("Standardiser | None", of_label(self.standardiser, source.label)),
+                partial=source.partial,
+                normalised=self.config.projection == "conv",
+            )
+            for layer, target in zip(source.layers, made, strict=True):
+                found[source.label, layer] = (target, source.partial)
+        return found
 
     def _touch_projector(self, loss: Tensor) -> Tensor:
         """Keep the projector in the graph while alpha is 0: DDP waits for every parameter's gradient."""

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from spatial_forcing.analysis.depth import depth_metrics
 from spatial_forcing.nano_teacher.losses import NEAREST
 from spatial_forcing.nano_teacher.scenes import DEPTH_MAX, SceneDataset
 from spatial_forcing.teachers.pose import decode_pose
-from spatial_forcing.teachers.vggt.model import VGGT
 
 ROWS = {
     "abs_rel": "AbsRel, metric",
@@ -28,7 +27,7 @@ ROWS = {
 
 
 @torch.no_grad()
-def evaluate_teacher(model: VGGT, scenes: SceneDataset, *, batch_size: int = 16) -> dict[str, float]:
+def evaluate_teacher(model: nn.Module, scenes: SceneDataset, *, batch_size: int = 16) -> dict[str, float]:
     """Encode every scene's views together; score each image's depth and each further view's pose.
 
     Depth is resized to the image (bilinear, corners aligned), clipped at 3 m and averaged over images;

@@ -22,7 +22,7 @@ def make_optimizers(
     than AdamW. Heads, embedders, norms and tokens keep AdamW, as its authors advise.
 
     Args:
-        model: a VGGT; what is frozen is left out.
+        model: a VGGT or a Depth Anything 3; what is frozen is left out.
         learning_rate: of AdamW, at the peak. Each group keeps its peak as `group["peak"]`.
         muon_learning_rate: of Muon, at the peak; 0 leaves every parameter to AdamW.
         weight_decay: of AdamW; biases, norms, gains and tokens are not decayed.
@@ -51,7 +51,7 @@ def make_optimizers(
 
 
 def _in_block(name: str) -> bool:
-    return "_blocks." in name or ".trunk." in name
+    return any(part.endswith("blocks") or part == "trunk" for part in name.split(".")[:-1])
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -97,6 +97,8 @@ def render_with_progress(folder: Path, spec: SceneSpec, progress: Progress, titl
 class PretrainRun:
     """The training state of one folder, restored from its checkpoint if there is one.
 
+    A class that overrides `build` and `export` trains another architecture in the same way.
+
     Attributes:
         model, average: the network and its exponential moving average.
         step: steps done.
@@ -110,7 +112,7 @@ class PretrainRun:
         torch.set_num_threads(config.threads)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = VGGT(config.model)
+            self.model = self.build()
         if config.init_from is not None:
             self._start_from(config.init_from)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
@@ -125,6 +127,16 @@ class PretrainRun:
         self.step = 0
         self.seconds = 0.0
         self._restore()
+
+    def build(self) -> nn.Module:
+        """The network at step 0. It takes (images (B, V, 3, H, W) in [0, 1], names of heads) and returns what
+        `VGGT.forward` does.
+        """
+        return VGGT(self.config.model)
+
+    def export(self) -> None:
+        """Write the averaged weights to `weights`, in the layout that `load_teacher` reads."""
+        save_vggt(cast(VGGT, self.average), self.weights, licence=LICENCE, dtype=torch.float16)
 
     @property
     def finished(self) -> bool:
@@ -175,7 +187,7 @@ class PretrainRun:
         }
         with disk_full_explained(self.out, "the checkpoint before this one is kept"):
             replace_file(self.out / "checkpoint.pt", functools.partial(torch.save, state))
-        save_vggt(self.average, self.weights, licence=LICENCE, dtype=torch.float16)
+        self.export()
 
     def _start_from(self, folder: Path) -> None:
         source = find_local(folder)

@@ -52,6 +52,21 @@ NEUTRAL = frozenset(
 
 
 @dataclass(frozen=True)
+class TeacherSource:
+    """One teacher of a run.
+
+    Attributes:
+        label: among several; empty for one alone.
+        teacher: its name, or None: whichever the cache is of.
+        cache: folder of its features, or None: it runs live.
+    """
+
+    label: str
+    teacher: str | None
+    cache: Path | None
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run, complete enough to repeat it.
 
@@ -72,6 +87,9 @@ class TrainConfig:
         teacher: name of the teacher to run live, or whose cache must be used; `shuffled:` before the latter
             trains the control in which every frame has another's features.
         cache: folder of its cached features; then no teacher runs in training.
+        teachers, caches: the same for several teachers at once, by a label of your choice, e.g. `--teachers
+            geometry depth-anything/DA3-BASE semantics facebook/dinov2-base`. Each gets a projector of its
+            own; `forcing.teachers` and `forcing.weights` say which pair is whose, and what it weighs.
         future: frames by which the target is later than the images, from a cache (see
             `teachers.controls.FutureTeacher`); 0: the target is of the same frame.
         steps: optimizer steps.
@@ -110,6 +128,8 @@ class TrainConfig:
     forcing: ForcingConfig = field(default_factory=ForcingConfig)
     teacher: str | None = None
     cache: Path | None = None
+    teachers: Mapping[str, str] = field(default_factory=dict)
+    caches: Mapping[str, Path] = field(default_factory=dict)
     future: int = 0
     keys: tuple[str, ...] = ()
     store: Path | None = None
@@ -174,12 +194,23 @@ class TrainConfig:
                 "learn nothing useful. Name the student to fine-tune, or set lora.rank to 0."
             )
         self._check(self.future >= 0, "future", "0 or more frames")
-        if self.future and self.forces and (self.teacher or "").startswith("shuffled:"):
+        if self.forces:
+            self._check_sources()
+
+    def _check_sources(self) -> None:
+        named = [source.teacher or "" for source in self.sources]
+        if self.future and any(name.startswith("shuffled:") for name in named):
             raise ConfigError("future and a shuffled teacher exclude each other; leave one out.")
-        if self.forces and self.teacher is None and self.cache is None:
+        if not named:
             raise ConfigError(
                 f"forcing.alpha is {self.forcing.alpha} and there is neither a teacher nor a cache; "
                 "name one, or set forcing.alpha to 0 to train without spatial forcing."
+            )
+        if (self.teachers or self.caches) and (self.teacher or self.cache):
+            raise ConfigError(
+                f"teacher is {self.teacher}, cache is {self.cache}, and teachers or caches name "
+                f"{', '.join(source.label for source in self.sources)}; put all of them into teachers and "
+                "caches, and set teacher and cache to none (on the command line --teacher None)."
             )
 
     def _check(self, good: bool, name: str, wanted: str) -> None:
@@ -204,6 +235,17 @@ class TrainConfig:
     def forces(self) -> bool:
         """Whether the alignment loss is ever on."""
         return self.forcing.alpha > 0
+
+    @property
+    def sources(self) -> tuple[TeacherSource, ...]:
+        """The teachers and their caches; the label of one alone is empty. None where alpha is 0."""
+        if not self.forces:
+            return ()
+        if self.teachers or self.caches:
+            labels = dict.fromkeys([*self.teachers, *self.caches])
+            return tuple(TeacherSource(n, self.teachers.get(n), self.caches.get(n)) for n in labels)
+        alone = TeacherSource("", self.teacher, self.cache)
+        return (alone,) if alone.teacher or alone.cache else ()
 
     @property
     def checkpoint_interval(self) -> int:
@@ -243,9 +285,13 @@ class TrainConfig:
         Raises:
             ConfigError: a dataset, cache or student folder that is not there, or an unwritable output.
         """
-        marks = {"dataset": "meta/info.json", "cache": "", "init_from": "config.json"}
-        for name, mark in marks.items():
-            folder = getattr(self, name)
+        folders = [
+            ("dataset", self.dataset, "meta/info.json"),
+            ("cache", self.cache, ""),
+            ("init_from", self.init_from, "config.json"),
+            *((f"caches.{label}", folder, "") for label, folder in self.caches.items()),
+        ]
+        for name, folder, mark in folders:
             if name == "init_from" and folder is not None and is_hub_id(folder):
                 continue  # found or refused when it is fetched
             if data and folder is not None and not (folder / mark).exists():

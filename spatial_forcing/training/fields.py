@@ -97,6 +97,8 @@ def _map_paths(config: Any, change: Callable[[Path], Path]) -> Any:
         value = getattr(config, field.name)
         if is_dataclass(value):
             changed[field.name] = _map_paths(value, change)
+        elif isinstance(value, Mapping):
+            changed[field.name] = {k: change(v) if isinstance(v, Path) else v for k, v in value.items()}
         elif isinstance(value, Path) and (not field.metadata.get(HUB) or _local(value, change(value))):
             changed[field.name] = change(value)
     return replace(config, **changed)
@@ -164,8 +166,8 @@ def _coerce(kind: Any, value: Any, place: str) -> Any:
     origin, options = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _coerce_union(options, value, place)
-    if origin in (tuple, Sequence):
-        return _coerce_tuple(options, value, place)
+    if origin in (tuple, Sequence, Mapping):
+        return (_coerce_mapping if origin is Mapping else _coerce_tuple)(options, value, place)
     if origin is Literal:
         if value not in options:
             raise ConfigError(f"{place} is {value!r}; choose from {', '.join(map(repr, options))}.")
@@ -227,6 +229,12 @@ def _coerce_tuple(options: Sequence[Any], value: Any, place: str) -> tuple[Any, 
     if len(options) != len(value):
         raise ConfigError(f"{place} is {value!r}; expected {len(options)} values.")
     return tuple(_coerce(o, v, f"{place}[{i}]") for i, (o, v) in enumerate(zip(options, value, strict=True)))
+
+
+def _coerce_mapping(options: Sequence[Any], value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{place} is {value!r}; expected values by name, {{name: value, ...}}.")
+    return {str(name): _coerce(options[1], each, _join(place, str(name))) for name, each in value.items()}
 
 
 def _coerce_scalar(kind: Any, value: Any, place: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +25,7 @@ from spatial_forcing.teachers.cache import CachedTeacher
 from spatial_forcing.teachers.cache.source import dataset_source
 from spatial_forcing.teachers.controls import SHUFFLED, FutureTeacher, ShuffledTeacher
 from spatial_forcing.teachers.recorded import reads_depth
-from spatial_forcing.training.config import TrainConfig
+from spatial_forcing.training.config import TeacherSource, TrainConfig
 
 
 class Batches(Protocol):
@@ -42,10 +42,12 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run trains with. `student` is an `nn.Module` and a `protocols.Student`."""
+    """What a run trains with. `student` is an `nn.Module` and a `protocols.Student`; several teachers have
+    labels.
+    """
 
     student: nn.Module
-    teacher: Teacher | None
+    teacher: Teacher | Mapping[str, Teacher] | None
     batches: Batches
 
 
@@ -116,35 +118,38 @@ def make_student(config: TrainConfig, dataset: Dataset) -> StudentModule:
     return student
 
 
-def make_teacher(config: TrainConfig, dataset: Dataset) -> Teacher | None:
-    """The teacher, its cache, or None where alpha is 0.
+def make_teacher(config: TrainConfig, dataset: Dataset) -> Teacher | Mapping[str, Teacher] | None:
+    """The teacher or its cache, several of them by label, or None where alpha is 0.
 
     Raises:
         ConfigError: the cache is another teacher's than the configuration names, or incomplete.
         DataError: the cache is another dataset's, or episodes have changed since it was built.
     """
-    if not config.forces:
-        return None
-    if config.cache is None:
-        assert config.teacher is not None
+    made = {source.label: _make_one(config, source, dataset) for source in config.sources}
+    return made[""] if set(made) == {""} else made or None
+
+
+def _make_one(config: TrainConfig, source: TeacherSource, dataset: Dataset) -> Teacher:
+    if source.cache is None:
+        assert source.teacher is not None
         if config.future:
             raise ConfigError(
                 f"future is {config.future} frames: later features come from a cache alone; build one with "
                 "`spatial-forcing cache build` and name it in `cache`."
             )
-        return load_teacher(config.teacher, dataset=dataset)
-    cached = open_cache(config, config.cache, dataset)
+        return load_teacher(source.teacher, dataset=dataset)
+    cached = open_cache(config, source.cache, source.teacher, dataset)
     if config.future:
         return FutureTeacher(cached, config.future)
-    return ShuffledTeacher(cached) if (config.teacher or "").startswith(SHUFFLED) else cached
+    return ShuffledTeacher(cached) if (source.teacher or "").startswith(SHUFFLED) else cached
 
 
-def open_cache(config: TrainConfig, folder: Path, dataset: Dataset) -> CachedTeacher:
-    """The cached teacher, checked against configuration and dataset; see `make_teacher`."""
+def open_cache(config: TrainConfig, folder: Path, named: str | None, dataset: Dataset) -> CachedTeacher:
+    """The cached teacher, checked against its name, configuration and dataset; see `make_teacher`."""
     cached = CachedTeacher(folder)
-    if config.teacher is not None and config.teacher.removeprefix(SHUFFLED) != cached.name:
+    if named is not None and named.removeprefix(SHUFFLED) != cached.name:
         raise ConfigError(
-            f"cache {folder} holds features of {cached.name!r}, and teacher is {config.teacher!r}; "
+            f"cache {folder} holds features of {cached.name!r}, and teacher is {named!r}; "
             "build that teacher's cache, or name the cached one."
         )
     index = np.concatenate(
@@ -182,8 +187,7 @@ def make_batches(config: TrainConfig, student: StudentModule, dataset: Dataset) 
     framed_alike = len(sizes) == 1 and all(height == width for height, width in sizes)
     untouched = framed_alike and config.augment is None
     # Cached features and recorded depth belong to the stored frames; other teachers see the student's.
-    recorded = reads_depth(config.teacher or "")
-    stored = config.forces and (config.cache is not None or recorded)
+    stored = any(each.cache is not None or reads_depth(each.teacher or "") for each in config.sources)
     return BatchLoader(
         dataset,
         cameras=shape.cameras,

@@ -381,7 +381,7 @@ class TestConfig:
             ({"gate": True, "widths": (1.0,)}, "exclude"),
             ({"gate": True, "projectors": "independent"}, "mixes the layers before one projector"),
             ({"projectors": "one each"}, "projectors is 'one each'; choose one of shared, independent"),
-            ({"widths": (0.5, 0.5)}, "2 entries for 1 pairs"),
+            ({"pairs": ((1, 0),), "widths": (0.5, 0.5)}, "2 entries for 1 pairs"),
             ({"widths": (0.0,)}, r"\(0, 1\]"),
         ],
     )

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing import ForcingConfig, SpatialForcing, resolve_pairs
+from spatial_forcing.forcing.config import Pair
 from spatial_forcing.forcing.layout import gather_tokens
 from spatial_forcing.forcing.loss import alignment_loss
 from spatial_forcing.forcing.tap import Tap, width_of
@@ -352,11 +353,12 @@ def test_last_block_without_final_norm_inside_a_checkpoint(reentrant):
 
 class TestResolve:
     def test_default_is_three_quarters(self):
-        assert resolve_pairs(None, 32, 24) == ((24, 23),)
-        assert resolve_pairs(None, 1, 1) == ((1, 0),)
+        assert resolve_pairs(ForcingConfig(), 32, {"": 24}) == (Pair(24, 23),)
+        assert resolve_pairs(ForcingConfig(), 1, {"": 1}) == (Pair(1, 0),)
 
     def test_negative_indices(self):
-        assert resolve_pairs(((-1, -2), (0, 0)), 4, 3) == ((4, 1), (0, 0))
+        config = ForcingConfig(pairs=((-1, -2), (0, 0)))
+        assert resolve_pairs(config, 4, {"": 3}) == (Pair(4, 1), Pair(0, 0))
 
     @pytest.mark.parametrize(
         ("pair", "message"),
@@ -369,7 +371,7 @@ class TestResolve:
     )
     def test_out_of_range(self, pair, message):
         with pytest.raises(ConfigError, match=message):
-            resolve_pairs((pair,), 4, 3)
+            resolve_pairs(ForcingConfig(pairs=(pair,)), 4, {"": 3})
 
 
 def test_width_needs_a_norm_or_a_number():
