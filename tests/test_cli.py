@@ -1,15 +1,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
+import re
 import subprocess
 import sys
+import typing
 
 import pytest
 
 from spatial_forcing import cli
 from spatial_forcing.errors import ConfigError
+from spatial_forcing.experiments import CompareConfig
+from spatial_forcing.nano_teacher.recipe import PretrainConfig
+from spatial_forcing.students import StudentConfig
+from spatial_forcing.teachers.vggt.config import VGGTConfig
+from spatial_forcing.training import TrainConfig
 from tests.data_layer.conftest import write_dataset
 
 
@@ -46,6 +54,41 @@ def test_every_command_answers_to_help(path, capsys):
     with contextlib.suppress(SystemExit):
         cli.main([*path, "--help"])
     assert path[-1] in capsys.readouterr().out
+
+
+def sections(kind, found):
+    """The dataclasses that the options of `kind` come from, but for the sizes of networks."""
+    if kind in found or issubclass(kind, StudentConfig | VGGTConfig):
+        return found
+    found.add(kind)
+    for hint in typing.get_type_hints(kind).values():
+        for each in (hint, *typing.get_args(hint)):
+            if isinstance(each, type) and dataclasses.is_dataclass(each):
+                sections(each, found)
+    return found
+
+
+def test_every_option_is_explained():
+    roots = [TrainConfig, CompareConfig, PretrainConfig]
+    for command in leaves():
+        module = importlib.import_module(f"spatial_forcing.commands.{command.target.partition(':')[0]}")
+        roots += [
+            v
+            for v in vars(module).values()
+            if dataclasses.is_dataclass(v) and v.__module__ == module.__name__
+        ]
+    found = set()
+    for root in roots:
+        sections(root, found)
+    # The command line reads one entry an option; `low, high: ...` explains none of the two there.
+    unexplained = [
+        f"{kind.__name__}.{field.name}"
+        for kind in found
+        for field in dataclasses.fields(kind)
+        if not re.search(rf"^\s*{field.name}: ", kind.__doc__, re.MULTILINE)
+    ]
+    assert not unexplained
+    assert len(found) > 15
 
 
 def test_resolve_follows_groups():

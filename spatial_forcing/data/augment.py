@@ -28,7 +28,9 @@ class Augment:
         crop_area: range of the crop's share of the area; (1, 1) is no crop.
         crop_aspect: range of the crop's aspect ratio relative to the image's.
         rotation: largest angle in degrees, either way.
-        brightness, contrast, saturation: factors are drawn from 1 - x to 1 + x.
+        brightness: factors are drawn from 1 - x to 1 + x.
+        contrast: likewise.
+        saturation: likewise.
         fixed_views: cameras that get no crop or rotation (openpi leaves wrist cameras alone).
     """
 

@@ -21,7 +21,11 @@ class ForcingConfig:
 
     Attributes:
         alpha: weight of the alignment loss, >= 0. 0 switches the package off entirely.
-        schedule, warmup, end, floor, stop_at: see `AlphaSchedule`; fractions of training.
+        schedule: how alpha moves: `constant`, or `linear` or `cosine` down to `floor`.
+        warmup: fraction of training over which alpha rises from 0.
+        end: fraction of training at which `linear` and `cosine` reach `floor`.
+        floor: fraction of alpha that is left then.
+        stop_at: fraction of training after which alpha is 0 (HASTE).
         pairs: (student layer, teacher layer) pairs. A student layer k is the
             residual stream after k decoder blocks (0: before the first; -1: after the last). A teacher
             layer counts its blocks from 0, negative from the end. None: ((round(0.75 * depth), -1),), once

@@ -49,7 +49,8 @@ class PretrainConfig:
         steps: optimizer steps.
         minutes: stop (with the learning rate decayed) after this much training time; None: no limit.
         views_per_step: views in a batch; a step draws scenes with 1, 2 or 3 of their views.
-        learning_rate, weight_decay: of AdamW.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
         muon_learning_rate: of Muon, which trains the blocks' matrices; 0 leaves them to AdamW.
         warmup_steps: of linear warm-up, before cosine decay.
         clip: largest norm of a step's gradient.

@@ -87,9 +87,10 @@ class TrainConfig:
         teacher: name of the teacher to run live, or whose cache must be used; `shuffled:` before the latter
             trains the control in which every frame has another's features.
         cache: folder of its cached features; then no teacher runs in training.
-        teachers, caches: the same for several teachers at once, by a label of your choice, e.g. `--teachers
-            geometry depth-anything/DA3-BASE semantics facebook/dinov2-base`. Each gets a projector of its
-            own; `forcing.teachers` and `forcing.weights` say which pair is whose, and what it weighs.
+        teachers: several teachers at once, by a label of your choice: `--teachers geometry
+            depth-anything/DA3-BASE semantics facebook/dinov2-base`. Each has its own projector;
+            `forcing.teachers` and `forcing.weights` say which pair is whose, and what it weighs.
+        caches: folders of their cached features, by the same labels.
         future: frames by which the target is later than the images, from a cache (see
             `teachers.controls.FutureTeacher`); 0: the target is of the same frame.
         steps: optimizer steps.

@@ -37,7 +37,8 @@ class OptimConfig:
         milestone_factor: in (0, 1].
         projector_lr: rate of the projector over `lr`; 1: the same.
         weight_decay: on matrices; norms, biases and other vectors are never decayed.
-        betas, eps: of AdamW.
+        betas: of AdamW.
+        eps: of AdamW.
         clip_norm: largest norm of the gradient of student and projector together; None: not clipped.
     """
 

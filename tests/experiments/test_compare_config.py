@@ -62,6 +62,38 @@ def test_every_arm_is_a_valid_training_run_and_differs_only_as_it_says(tmp_path)
     }
 
 
+def test_arms_may_have_teachers_of_their_own(tmp_path):
+    compared = config(
+        tmp_path,
+        arms=(
+            "alpha0",
+            "sf",
+            "da3=sf teacher=depth-anything/DA3-SMALL",
+            """two=sf 'teachers={"geometry":"vggt-nano","semantics":"facebook/dinov2-base"}'"""
+            """ 'forcing.pairs=[[3,-2],[3,-1]]' 'forcing.teachers=["geometry","semantics"]'""",
+        ),
+        seeds=(0,),
+        steps=40,
+    )
+    built = {"vggt-nano": tmp_path / "v", "facebook/dinov2-base": tmp_path / "d"}
+    runs = {cell.arm.name: train_config(compared, cell, built) for cell in cells(compared)}
+    named = {name: [(s.label, s.teacher, s.cache) for s in run.sources] for name, run in runs.items()}
+    assert named == {
+        "alpha0": [],
+        "sf": [("", "vggt-nano", tmp_path / "v")],
+        "da3": [("", "depth-anything/DA3-SMALL", None)],
+        "two": [
+            ("geometry", "vggt-nano", tmp_path / "v"),
+            ("semantics", "facebook/dinov2-base", tmp_path / "d"),
+        ],
+    }
+    assert teacher_layers(list(runs.values())) == {
+        "vggt-nano": (-2, -1),
+        "depth-anything/DA3-SMALL": (-1,),
+        "facebook/dinov2-base": (-1,),
+    }
+
+
 def test_settings_reach_every_arm_and_the_arms_own_win(tmp_path):
     compared = config(
         tmp_path, arms=("alpha0", "b=sf optim.lr=5e-4"), set=("optim.lr=1e-4", "batch_size=8"), steps=8

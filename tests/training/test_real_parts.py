@@ -28,6 +28,11 @@ from tests.students.openvla_oft.small import small_config as oft_config
 from tests.students.pi0_fixtures import small_config as pi0_config
 from tests.training.fake_run import curve, weights
 
+
+class OtherTeacher(FakeTeacher):
+    name, licence, fingerprint = "other", "MIT", "1" * 64
+
+
 STUDENT = NanoConfig(
     cameras=CAMERAS, image_size=16, patch_size=8, width=32, depth=2, heads=2, chunk=2, dropout=0.1
 )
@@ -117,6 +122,46 @@ def test_a_policy_says_which_teacher_trained_it(folders, tmp_path, alpha, teache
     export(ExportOptions(tmp_path / "run", tmp_path / "exported"))
     assert describe(load_student(tmp_path / "exported"), tmp_path / "exported")["teacher"] == teacher
     assert (tmp_path / "exported" / "README.md").read_text().endswith("\n")
+
+
+@pytest.fixture(scope="module")
+def two_caches(folders):
+    source = dataset_source(Dataset.open(folders / "data"), CAMERAS)
+    build_cache(OtherTeacher(dim=12, depth=2), source, folders / "other", progress=False)
+    named = {"geometry": folders / "cache", "semantics": folders / "other"}
+    return {"teacher": None, "cache": None, "caches": named}
+
+
+def test_a_run_with_two_cached_teachers_resumes_exactly_and_names_both(folders, two_caches, tmp_path):
+    method = ForcingConfig(weights=(1.0, 0.25))
+    whole = train(make_config(folders, tmp_path / "whole", forcing=method, **two_caches))
+
+    def kill(saved):
+        if saved.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(folders, tmp_path / "killed", forcing=method, **two_caches), on_checkpoint=kill)
+    train(make_config(folders, tmp_path / "killed", forcing=method, **two_caches))
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    found = describe(load_student(whole.policy), whole.policy)
+    assert (found["teacher"], found["teacher_licence"]) == ("fake + other", "Apache-2.0 + MIT")
+    with pytest.raises(ConfigError, match=r"whole.*caches\.geometry"):
+        train(make_config(folders, tmp_path / "whole", forcing=method))
+
+
+def test_caches_by_label_are_checked_like_one(folders, two_caches, tmp_path):
+    named = make_config(folders, tmp_path, **two_caches, teachers={"geometry": "vggt-nano"})
+    with pytest.raises(ConfigError, match="features of 'fake', and teacher is 'vggt-nano'"):
+        build_parts(named)
+    parts = build_parts(make_config(folders, tmp_path, **{**two_caches, "future": 2}))
+    assert {label: t.donors(np.array([0])).tolist() for label, t in parts.teacher.items()} == {
+        "geometry": [2],
+        "semantics": [2],
+    }
+    missing = make_config(folders, tmp_path, **{**two_caches, "caches": {"geometry": tmp_path / "none"}})
+    with pytest.raises(ConfigError, match=r"caches\.geometry.*none.*does not exist"):
+        missing.check_paths()
 
 
 def test_a_later_frame_is_the_target_only_where_asked(folders, tmp_path):

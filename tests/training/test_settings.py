@@ -148,6 +148,29 @@ def test_a_runs_file_moves_with_the_run(tmp_path):
     assert moved.dataset == tmp_path / "new" / "demonstrations"
 
 
+def test_several_teachers_are_settings_by_label(tmp_path):
+    named = {"teachers": {"geometry": "recorded-depth"}, "caches": {"semantics": tmp_path / "all" / "dino"}}
+    config = replace(make_config(tmp_path / "all" / "run"), teacher=None, **named)
+    assert [(s.label, s.teacher, s.cache and s.cache.name) for s in config.sources] == [
+        ("geometry", "recorded-depth", None),
+        ("semantics", None, "dino"),
+    ]
+    assert TrainConfig.from_plain(json.loads(json.dumps(config.to_plain()))) == config
+    written = config.to_file()
+    assert written["caches"] == {"semantics": "../dino"}
+    moved = TrainConfig.from_file(written, tmp_path / "new" / "run")
+    assert moved.caches == {"semantics": tmp_path / "new" / "dino"}
+    assert set(changed_settings(written, replace(config, caches={}))) == {"caches.semantics"}
+    assert override(config, {"teachers": {"a": "vggt-nano"}, "caches": {}}).sources[0].label == "a"
+    assert replace(config, forcing=ForcingConfig(alpha=0.0)).sources == ()
+    with pytest.raises(ConfigError, match=r"teacher is vggt-nano.*geometry, semantics.*--teacher None"):
+        replace(make_config(tmp_path), teacher="vggt-nano", **named)
+    with pytest.raises(ConfigError, match=r"caches.*by name"):
+        override(config, {"caches": "dino"})
+    with pytest.raises(ConfigError, match=r"caches\.a is 1"):
+        override(config, {"caches": {"a": 1}})
+
+
 def test_an_absolute_path_elsewhere_stays(tmp_path):
     config = replace(make_config(tmp_path / "a" / "b" / "c" / "run"), dataset=tmp_path / "data")
     assert config.to_file()["dataset"] == str(tmp_path / "data")
