@@ -215,7 +215,10 @@ class PretrainRun:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+            peaks = [group["peak"] for group in optimizer.param_groups]
             optimizer.load_state_dict(values)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["peak"] = peak  # as configured now
         self.step, self.seconds = state["step"], state["seconds"]
 
     def _step(self, scenes: SceneDataset, near: SceneDataset | None) -> dict[str, Tensor]:
@@ -236,15 +239,15 @@ class PretrainRun:
             make_targets(batch, tuple(output["depth"].shape[2:4])),
             relative=config.refine_depth,
         )
-        if not bool(torch.isfinite(loss)):
-            raise DataError(
-                f"the loss is {float(loss.detach())} at step {self.step} (scenes {indices.tolist()} of "
-                f"{scenes.folder}); lower learning_rate and run again: it continues from the last "
-                "checkpoint."
-            )
         self.model.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):  # before the weights are touched
+            raise DataError(
+                f"the loss is {float(loss.detach())} and its gradient's norm {float(norm)} at step "
+                f"{self.step} (scenes {indices.tolist()} of {scenes.folder}); lower learning_rate or "
+                "muon_learning_rate and run again: it continues from the last checkpoint."
+            )
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1

@@ -143,8 +143,13 @@ class PretrainConfig:
         )
 
     def comparable(self) -> dict[str, Any]:
-        """The settings that must not change when a run is resumed (how long it runs, and where, may)."""
+        """The settings that must not change when a run is resumed.
+
+        How long it runs, and where, may, and so may the learning rates: a run that diverged needs lower ones.
+        """
         free = {
+            "learning_rate",
+            "muon_learning_rate",
             "out",
             "scenes",
             "init_from",

@@ -38,12 +38,21 @@ class DPTConfig:
     hidden_channels: int = 32
 
 
+LARGEST_EXPONENT = 80.0
+"""Of float32, with room for a factor. Infinity times a gradient of zero would be NaN in training."""
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """exp(x), which never overflows."""
+    return x.clamp(max=LARGEST_EXPONENT).exp()
+
+
 def _inverse_log(x: Tensor) -> Tensor:
-    """The inverse of sign(y) log(1 + |y|): linear near zero, exponential far away."""
-    return torch.sign(x) * torch.expm1(x.abs())
+    """The inverse of sign(y) log(1 + |y|): linear near zero, exponential far away; it never overflows."""
+    return torch.sign(x) * torch.expm1(x.abs().clamp(max=LARGEST_EXPONENT))
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"exp": torch.exp, "inv_log": _inverse_log}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"exp": bounded_exp, "inv_log": _inverse_log}
 
 
 def position_map(channels: int, height: int, width: int, aspect: float, device: torch.device) -> Tensor:
@@ -215,7 +224,7 @@ class DPTHead(nn.Module):
         size = (height // self.config.down_ratio, width // self.config.down_ratio)
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
         x = self.scratch.output_conv2(self._add_position(x, width / height)).permute(0, 2, 3, 1)
-        return self.activation(x[..., :-1]), 1 + x[..., -1].exp()
+        return self.activation(x[..., :-1]), 1 + bounded_exp(x[..., -1])
 
     def _add_position(self, x: Tensor, aspect: float) -> Tensor:
         return add_position(x, aspect) if self.config.pos_embed else x

@@ -105,10 +105,32 @@ def test_other_settings_do_not_overwrite_a_run(tmp_path):
     run = PretrainRun(config(tmp_path))
     finish(run)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(CheckpointError, match="learning_rate"):
-        PretrainRun(config(tmp_path, learning_rate=1e-4))
+    with pytest.raises(CheckpointError, match="weight_decay"):
+        PretrainRun(config(tmp_path, weight_decay=0.01))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert PretrainRun(config(tmp_path, steps=20)).step == 12
+
+
+def test_an_overflowing_depth_trains_on(tmp_path):
+    """exp(100) is infinite, and times the zero gradient beyond the clip it was NaN in all weights."""
+    run = PretrainRun(config(tmp_path))
+    with torch.no_grad():
+        run.model.depth_head.scratch.output_conv2[2].bias.fill_(100.0)
+    finish(run)
+    assert all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
+
+
+def test_a_run_that_diverged_goes_on_with_a_lower_rate(tmp_path):
+    run = PretrainRun(config(tmp_path))
+    run.save()
+    with torch.no_grad():
+        run.model.camera_head.trunk_norm.weight.fill_(float("inf"))
+    with pytest.raises(DataError, match=r"step 0 .*lower learning_rate"):
+        finish(run)
+    untouched = PretrainRun(config(tmp_path, learning_rate=1e-4))
+    finish(untouched)
+    assert all(bool(torch.isfinite(p).all()) for p in untouched.model.parameters())
+    assert {group["peak"] for group in untouched.optimizers[0].param_groups} == {1e-4}
 
 
 def test_a_second_run_starts_from_the_first_ones_weights(tmp_path):

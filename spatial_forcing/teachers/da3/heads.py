@@ -17,6 +17,7 @@ from spatial_forcing.teachers.dpt import (
     FusionBlock,
     Scratch,
     add_position,
+    bounded_exp,
     resize_layers,
     top_down,
 )
@@ -134,10 +135,10 @@ class DualDPT(_Head):
         ray = s.output_conv1_aux[-1](top_down(levels, blocks))
         ray = s.output_conv2_aux[-1](add_position(ray, aspect)).permute(0, 2, 3, 1)
         return {
-            "depth": depth[:, 0].exp(),
-            "depth_conf": 1 + depth[:, 1].exp(),
+            "depth": bounded_exp(depth[:, 0]),
+            "depth_conf": 1 + bounded_exp(depth[:, 1]),
             "ray": ray[..., :-1],
-            "ray_conf": 1 + ray[..., -1].exp(),
+            "ray_conf": 1 + bounded_exp(ray[..., -1]),
         }
 
 
@@ -165,7 +166,7 @@ class SkyDPT(_Head):
         x = self.scratch.fuse(self.pyramid(patches, image_size, position=False))
         x = F.interpolate(x, size=image_size, mode="bilinear", align_corners=True)
         depth, sky = self.scratch.output_conv2(x), self.scratch.sky_output_conv2(x)
-        return {"depth": depth[:, 0].exp(), "sky": F.relu(sky[:, 0])}
+        return {"depth": bounded_exp(depth[:, 0]), "sky": F.relu(sky[:, 0])}
 
 
 def without_sky(depth: Tensor, sky: Tensor) -> Tensor:
