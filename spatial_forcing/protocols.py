@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypedDict, runtime_checkable
 
@@ -173,6 +174,30 @@ class PartialTeacher(Protocol):
 def is_partial(teacher: Teacher) -> bool:
     """Whether a row of zeros means that the teacher has nothing to say of a cell."""
     return isinstance(teacher, PartialTeacher) and teacher.partial
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """Where a student's vision tower ends.
+
+    Attributes:
+        module: its output (B V, h w, D) are the patches of every view, row-major; views of a sample are
+            neighbours.
+        dim: D.
+    """
+
+    module: nn.Module
+    dim: int
+
+
+@runtime_checkable
+class TowerStudent(Protocol):
+    """A student that can be aligned at its vision tower's output (`forcing.tap` "vision")."""
+
+    @property
+    def vision_tower(self) -> VisionTower:
+        """Where the tower ends."""
+        ...
 
 
 @runtime_checkable

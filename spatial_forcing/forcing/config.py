@@ -35,6 +35,9 @@ class ForcingConfig:
         weights: of each pair's loss; the weighted losses are added. Empty: their mean.
         projectors: `shared`, one for all pairs of a teacher, or `independent`, one for each pair. Independent
             ones start equal, as the shared one would, so that both choices begin with the same loss.
+        tap: where the student is read: the residual stream of its `decoder`, or the output of its `vision`
+            tower (VEGA, arXiv 2605.10485), which pi0 and OpenVLA-OFT name; then the student layer of a pair
+            is -1.
         loss: distance of projected tokens and targets: `cosine`, the paper's, or one of `extras.losses`.
         projection: `mlp`, the paper's trained projector, `frozen`: the same with its initial weights, or
             `conv`: one convolution, and targets normalised in each view (`extras.projections`).
@@ -65,6 +68,7 @@ class ForcingConfig:
     teachers: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     projectors: Literal["shared", "independent"] = "shared"
+    tap: Literal["decoder", "vision"] = "decoder"
     loss: Loss = "cosine"
     projection: Projection = "mlp"
     norm: Literal["layer", "batch", "none"] = "layer"
@@ -81,6 +85,7 @@ class ForcingConfig:
         _finite_not_negative("pe_scale", self.pe_scale)
         _one_of("projectors", self.projectors, ("shared", "independent"))
         _one_of("norm", self.norm, ("layer", "batch", "none"))
+        _one_of("tap", self.tap, ("decoder", "vision"))
         _one_of("loss", self.loss, LOSSES)
         _one_of("projection", self.projection, PROJECTIONS)
         _one_of("registration", self.registration, ("corner", "pixel"))
@@ -125,6 +130,11 @@ class ForcingConfig:
         named = [*zip(self.teachers, pairs or self.teachers, strict=True)] if self.teachers else list(pairs)
         if len(set(named)) != len(named):
             raise ConfigError(f"forcing.pairs names a pair twice: {named}; remove one.")
+        if self.tap == "vision" and any(k != -1 for k, _ in pairs):
+            raise ConfigError(
+                f"forcing.tap is vision, and forcing.pairs {self.pairs} count decoder blocks; the tower is "
+                "read at its output, so the first number of every pair is -1."
+            )
         if self.weights and not sum(self.weights):
             raise ConfigError(
                 f"forcing.weights is {self.weights}, which aligns nothing; set forcing.alpha to 0 for that."

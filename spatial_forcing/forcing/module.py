@@ -29,12 +29,13 @@ from spatial_forcing.forcing.extras.gate import GatedProjector
 from spatial_forcing.forcing.extras.losses import distance_loss
 from spatial_forcing.forcing.extras.projections import ConvProjector
 from spatial_forcing.forcing.extras.standardise import Standardiser
+from spatial_forcing.forcing.extras.tower import on_tower, views_in_sequence, vision_tower_of
 from spatial_forcing.forcing.extras.widths import narrowed
 from spatial_forcing.forcing.layout import check_layout, gather_tokens, shifted
 from spatial_forcing.forcing.loss import alignment_loss, sample_cosines
 from spatial_forcing.forcing.projector import Projector
 from spatial_forcing.forcing.source import Source, by_label, of_label
-from spatial_forcing.forcing.tap import Tap, check_trainable, in_sequence, width_of
+from spatial_forcing.forcing.tap import Site, Tap, check_trainable, in_sequence, width_of
 from spatial_forcing.forcing.target import make_targets, token_validity
 from spatial_forcing.protocols import Batch, Metrics, Teacher
 
@@ -106,17 +107,18 @@ class SpatialForcing(nn.Module):
                 f"{type(self.student).__name__} does not say what is aligned: it needs `blocks`, "
                 "`final_norm` and `alignment(batch)`. Wrap the model with `as_student`."
             )
-        config, final_norm = self.config, self._alignable.final_norm
+        config, site = self.config, self._site(student_dim)
         teachers = teacher if isinstance(teacher, Mapping) else {"": teacher}
         depths = {label: each.depth for label, each in teachers.items()}
-        self.pairs = resolve_pairs(config, len(self.blocks), depths)
+        self.pairs = resolve_pairs(config, len(site.blocks), depths)
         self._sources = tuple(
             Source.of(label, each, [pair.layer for pair in self.pairs if pair.label == label])
             for label, each in teachers.items()
         )
-        self._tap = Tap(self.blocks, [pair.blocks for pair in self.pairs], final_norm)
-        width = student_dim or width_of(self.blocks, final_norm)
-        self.projector = self._new_projector(width, {source.label: source.dim for source in self._sources})
+        self._tap = Tap(site.blocks, [pair.blocks for pair in self.pairs], site.final_norm)
+        self.projector = self._new_projector(
+            site.width, {source.label: source.dim for source in self._sources}
+        )
         for source in self._sources:
             source.check(means=config.subtract_cell_mean, standardise=config.standardise)
         if config.subtract_cell_mean:
@@ -127,6 +129,13 @@ class SpatialForcing(nn.Module):
         for own in (self.projector, self.cell_mean, self.standardiser):
             if own is not None:
                 own.to(device)
+
+    def _site(self, student_dim: int | None) -> Site:
+        if self.config.tap == "vision":
+            tower = vision_tower_of(self.student)
+            return Site((tower.module,), None, tower.dim)
+        blocks, final_norm = self.blocks, self._alignable.final_norm
+        return Site(tuple(blocks), final_norm, student_dim or width_of(blocks, final_norm))
 
     def _new_projector(
         self, width: int, channels: Mapping[str, int]
@@ -305,6 +314,8 @@ class SpatialForcing(nn.Module):
         B, V = views.present.shape
         check_layout(layout, batch_size=B, views=V)
         layout = TokenLayout(layout.index.to(views.device), layout.valid.to(views.device))
+        if self.config.tap == "vision":
+            layout = on_tower(layout)
         valid = token_validity(layout, views, self.config.registration)
         return _Prepared(batch, alignment, layout, valid)
 
@@ -384,17 +395,16 @@ class SpatialForcing(nn.Module):
             else:
                 projector = cast(Projector, own)
                 project = narrowed(projector, self.config.widths[i]) if self.config.widths else projector
-            yield (
-                f"block{pair.blocks}_{pair.label or 'teacher'}{pair.layer}",
-                project,
-                hidden[pair.blocks],
-                pair,
-            )
+            place = "vision" if self.config.tap == "vision" else f"block{pair.blocks}"
+            name = f"{place}_{pair.label or 'teacher'}{pair.layer}"
+            yield name, project, hidden[pair.blocks], pair
 
     def _tokens(self, k: int, calls: Sequence[Tensor], ready: _Prepared) -> Tensor:
-        state = in_sequence(calls, ready.alignment.sequence, k)
+        vision = self.config.tap == "vision"
+        sequence = views_in_sequence(ready.valid.shape[1]) if vision else ready.alignment.sequence
+        state = in_sequence(calls, sequence, k)
         if torch.is_grad_enabled() and not self._trainable_checked:
-            check_trainable(state, k, self.blocks)
+            check_trainable(state, k, self._tap.blocks)
             self._trainable_checked = k == self._tap.depths[-1]
         return gather_tokens(state, ready.layout)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ from torch.utils.hooks import RemovableHandle
 
 from spatial_forcing.alignment import Sequencer
 from spatial_forcing.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is tapped: blocks in order, the norm after the last one (or None), the width of their tokens."""
+
+    blocks: tuple[nn.Module, ...]
+    final_norm: nn.Module | None
+    width: int
 
 
 class Tap:
@@ -41,7 +51,7 @@ class Tap:
     ) -> None:
         self.depths = tuple(dict.fromkeys(depths))
         self._captured: dict[int, list[Tensor]] | None = None
-        self._blocks = list(blocks)
+        self.blocks = list(blocks)
         self._final_norm = final_norm
         self._handles: list[RemovableHandle] = []
         self.attach()
@@ -93,14 +103,14 @@ class Tap:
 
     def site(self, k: int) -> str:
         """The place of the tap after `k` blocks in words, for messages."""
-        if k < len(self._blocks):
-            return f"block {k} ({type(self._blocks[k]).__name__})"
+        if k < len(self.blocks):
+            return f"block {k} ({type(self.blocks[k]).__name__})"
         return "the final norm" if self._final_norm is not None else f"block {k - 1}, the last one,"
 
     def _hook(self, k: int) -> RemovableHandle:
-        if k == len(self._blocks) and self._final_norm is None:
-            return self._blocks[-1].register_forward_hook(_OutputHook(self, k))
-        module = self._final_norm if k == len(self._blocks) else first_norm(self._blocks[k])
+        if k == len(self.blocks) and self._final_norm is None:
+            return self.blocks[-1].register_forward_hook(_OutputHook(self, k))
+        module = self._final_norm if k == len(self.blocks) else first_norm(self.blocks[k])
         assert module is not None
         return module.register_forward_pre_hook(_InputHook(self, k), with_kwargs=True)
 

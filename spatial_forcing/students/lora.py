@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from spatial_forcing.alignment import Alignment
 from spatial_forcing.errors import CheckpointError, ConfigError
-from spatial_forcing.protocols import Batch, Metrics, Observation
+from spatial_forcing.protocols import Batch, Metrics, Observation, VisionTower
 from spatial_forcing.registry import did_you_mean
 from spatial_forcing.storage import replace_file, write_json
 from spatial_forcing.students.base import (
@@ -152,6 +152,14 @@ class LoraStudent(StudentModule):
     def final_norm(self) -> nn.Module | None:
         """The wrapped student's final norm."""
         return self._student.final_norm
+
+    @property
+    def vision_tower(self) -> VisionTower:
+        """The wrapped student's. Raises `ConfigError` where it has none."""
+        # Training only: nothing of it is in a process that serves.
+        from spatial_forcing.forcing.extras.tower import vision_tower_of
+
+        return vision_tower_of(self.policy)
 
     def alignment(self, batch: Batch) -> Alignment:
         """The wrapped student's."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spatial_forcing.alignment import Alignment, CameraImages, TokenLayout, camera_images
 from spatial_forcing.errors import DataError
-from spatial_forcing.protocols import Batch, Metrics, Observation
+from spatial_forcing.protocols import Batch, Metrics, Observation, VisionTower
 from spatial_forcing.students.base import (
     STUDENTS,
     ManyStatistics,
@@ -197,6 +197,11 @@ class OpenVLAOFT(StudentModule, ManyStatistics):
         with evaluating(self):
             batch = pictures.collate(observations, self.config)
             return self._autoregress(batch) if self._causal else self._act_parallel(batch)
+
+    @property
+    def vision_tower(self) -> VisionTower:
+        """DINOv2 beside SigLIP, before the projector."""
+        return VisionTower(self.vision, self.config.dino[0] + self.config.siglip[0])
 
     # ---- units
 

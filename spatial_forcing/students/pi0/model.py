@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spatial_forcing.alignment import Alignment, CameraImages, camera_images
-from spatial_forcing.protocols import Batch, Metrics, Observation
+from spatial_forcing.protocols import Batch, Metrics, Observation, VisionTower
 from spatial_forcing.students.base import STUDENTS, StudentModule, StudentSpec, evaluating
 from spatial_forcing.students.batches import ACTION, STATE, collate, vector
 from spatial_forcing.students.heads import Generators, masked_mean, row_noise
@@ -91,6 +91,13 @@ class Pi0(StudentModule):
         """The norm after the language model's last block."""
         norm: nn.Module = self._language_model.norm
         return norm
+
+    @property
+    def vision_tower(self) -> VisionTower:
+        """SigLIP, after its last norm."""
+        tower = self.network.model.vlm.vision_tower
+        tower = getattr(tower, "vision_model", tower)  # one level deeper in earlier versions of transformers
+        return VisionTower(tower.post_layernorm, self.config.size.vision_width)
 
     @property
     def spec(self) -> StudentSpec:
