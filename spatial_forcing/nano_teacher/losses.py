@@ -16,6 +16,8 @@ from spatial_forcing.teachers.pose import encode_pose
 
 NEAREST = 0.02
 """Metres; nothing nearer than this counts (it is inside the near plane)."""
+SMALLEST_ERROR = 0.005
+"""Errors below it do not raise the confidence further: the best one is 0.2 over the error, so 40 at most."""
 
 
 @dataclass(frozen=True)
@@ -125,4 +127,6 @@ def _gradient_l1(error: Tensor, scales: int = 3) -> Tensor:
 
 
 def _confidence_loss(error: Tensor, confidence: Tensor) -> Tensor:
-    return (confidence * error.detach() - 0.2 * confidence.log()).mean()
+    # Beyond the clip the error is exactly 0, which would reward any confidence, up to overflow.
+    error = error.detach().clamp(min=SMALLEST_ERROR)
+    return (confidence * error - 0.2 * confidence.log()).mean()

@@ -22,6 +22,7 @@ from spatial_forcing.teachers.cards import (
 )
 from spatial_forcing.teachers.da3 import is_da3, load_da3_teacher
 from spatial_forcing.teachers.image import FAMILIES, load_image_teacher, read_settings
+from spatial_forcing.teachers.moge import is_moge, load_moge_teacher
 from spatial_forcing.teachers.recorded import RECORDED_DEPTH, DepthDataset
 from spatial_forcing.teachers.vggt import load_vggt_teacher
 
@@ -51,7 +52,8 @@ def load_teacher(
 
     Args:
         name_or_path: a registered name, a local checkpoint (VGGT: folder, `.safetensors` or `.pt` file;
-            Depth Anything 3, DINOv2, SigLIP: folder as on the Hugging Face hub), or the hub id of one
+            MoGe-2: folder or `.pt` file; Depth Anything 3, DINOv2, SigLIP: folder as on the Hugging Face
+            hub), or the hub id of one
             ("owner/name"). `random:` before it keeps the architecture and draws the weights (seed 0): the
             control for what the architecture alone gives. `?` after it begins settings that one kind of
             teacher has: "depth-anything/DA3-BASE?half=global&reference=middle", see `da3.DA3Teacher`.
@@ -111,7 +113,9 @@ def _loader_of(source: str) -> TeacherLoader:
     settings = read_settings(source)
     if settings.get("model_type") in FAMILIES:
         return load_image_teacher
-    return load_da3_teacher if is_da3(settings) else load_vggt_teacher
+    if is_da3(settings):
+        return load_da3_teacher
+    return load_moge_teacher if not settings and is_moge(source) else load_vggt_teacher
 
 
 def _variant(name: str, settings: str) -> dict[str, str]:

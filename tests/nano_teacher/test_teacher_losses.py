@@ -123,3 +123,11 @@ def test_later_camera_iterations_weigh_more():
     late = camera_loss(error.flip(0), pose)
     assert late > early
     assert float(early + late) == pytest.approx(1.0)
+
+
+def test_a_perfect_prediction_does_not_reward_any_confidence():
+    """Beyond the clip the error is exactly 0; the confidence then grew until it overflowed."""
+    targets = make_targets(plane_batch(), (16, 16))
+    confidence = torch.full_like(targets.depth, 100.0, requires_grad=True)
+    depth_loss(targets.depth, confidence, targets).backward()
+    assert bool((confidence.grad > 0).all())
