@@ -21,9 +21,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from benchmarks.common import peak_over, show
+from benchmarks.common import show
 from benchmarks.teacher import Forward, Undrawn
 from spatial_forcing.alignment import Views
+from spatial_forcing.memory import peak_over
 from spatial_forcing.teachers.da3 import BASE, DA3, DA3Teacher
 from spatial_forcing.teachers.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from spatial_forcing.teachers.vggt import VGGT, VGGTConfig, VGGTTeacher

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.common import peak_over, resident, show
+from benchmarks.common import show
 from spatial_forcing.data import DatasetWriter
+from spatial_forcing.memory import peak_over, resident
 from spatial_forcing.students import Pi0, Pi0Config
 from spatial_forcing.students.pi0.keys import to_openpi
 

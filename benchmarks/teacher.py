@@ -26,8 +26,9 @@ import tyro
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.common import peak_over, show
+from benchmarks.common import show
 from spatial_forcing.alignment import Views
+from spatial_forcing.memory import peak_over
 from spatial_forcing.teachers.cache.build import cosines
 from spatial_forcing.teachers.vggt import VGGT, VGGTConfig, VGGTTeacher
 from spatial_forcing.teachers.vggt.config import DinoV2Config, DPTConfig

@@ -67,6 +67,7 @@ COMMANDS: Commands = {
     },
     "teacher": {
         "list": Command("teacher:list_teachers", "the teachers that can be named, with their licences"),
+        "compare": Command("teacher:compare", "several teachers on your own frames, side by side"),
         "pretrain": Command("teacher:pretrain", "train vggt-nano on rendered multi-view scenes"),
         "evaluate": Command("teacher:evaluate", "depth and pose metrics of a teacher on held-out scenes"),
     },

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "spatial_forcing"
 
 TIERS = [
-    {"errors", "precision", "stem"},
+    {"errors", "memory", "precision", "stem"},
     {"registry", "storage", "progress"},
     {"alignment"},
     {"protocols"},

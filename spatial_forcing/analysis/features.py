@@ -6,6 +6,7 @@ Shapes: N frame, V view, h x w grid of tokens, C channels.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,13 +139,25 @@ def student_features(
 
 
 def teacher_features(
-    teacher: Teacher, frames: Frames, *, layer: int = -1, batch_size: int = 32, progress: Progress = silent
+    teacher: Teacher,
+    frames: Frames,
+    *,
+    layer: int = -1,
+    batch_size: int = 32,
+    progress: Progress = silent,
+    seconds: list[float] | None = None,
 ) -> Tensor:
-    """Patch features of one teacher layer on its own grid, (N, V, h, w, C) float32."""
+    """Patch features of one teacher layer on its own grid, (N, V, h, w, C) float32.
+
+    `seconds` is filled with the wall clock of a frame, one entry for each batch.
+    """
     parts = []
     for rows in frames.slices(batch_size):
         views = views_from_batch(frames.batch(rows), frames.cameras)
+        started = time.perf_counter()
         parts.append(teacher.features(views, (layer,))[0].float().cpu())
+        if seconds is not None:
+            seconds.append((time.perf_counter() - started) / (rows.stop - rows.start))
         progress("teacher features", rows.stop, len(frames))
     return torch.cat(parts)
 

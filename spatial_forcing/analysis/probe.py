@@ -41,6 +41,7 @@ from spatial_forcing.protocols import Student, Teacher
 
 MEAN_IMAGE = "mean depth image"
 TEACHER = "teacher"
+FEWEST_EPISODES = 4
 MOVING = 0.05
 """A pixel whose log depth varies by more than this (standard deviation, so 5 %) counts as changing."""
 
@@ -151,47 +152,117 @@ def probe_depth(
             there or leave fewer than two, no student, or a name used twice.
         DataError: the dataset lacks a camera or its depth, or too few pixels are measured.
     """
-    started = time.perf_counter()
     floors = dict(floors or {})
-    _check(students, floors, dataset, held_out)
-    cameras = tuple(cameras or student_cameras(next(iter(students.values())), dataset))
-    index, split = _choose(dataset, frames, _tests(dataset, held_out, test_episodes, seed), seed)
-    read = Frames.read(dataset, index, cameras)
-    if depth_source is None:
-        depth = {c: read_depth(dataset, index, c, side, clip) for c in cameras}
-    else:
-        depth = depth_source(read, side, clip)
-    probes = {c: _CameraProbe(depth[c], split, clip, c) for c in cameras}
-    results: dict[Key, dict[str, Tensor]] = {
-        (MEAN_IMAGE, "floor", None, heads[0]): {c: probes[c].mean_image() for c in cameras}
-    }
+    _check_names(students, floors)
+    probe = DepthProbe(
+        dataset,
+        tuple(cameras or student_cameras(next(iter(students.values())), dataset)),
+        depth_source=depth_source,
+        frames=frames,
+        held_out=held_out,
+        test_episodes=test_episodes,
+        side=side,
+        clip=clip,
+        seed=seed,
+    )
+    probe.floor(heads[0])
     for kind, group in (("floor", floors), ("student", students)):
         for name, student in group.items():
-            tokens = student_features(student, read, layers, batch_size=batch_size, progress=progress)
+            tokens = student_features(student, probe.frames, layers, batch_size=batch_size, progress=progress)
             for (layer, values), head in product(tokens.items(), heads):
-                results[name, kind, layer, head] = _by_camera(probes, values, read.cameras, head)
+                probe.read(name, kind, layer, values, head)
                 progress(f"{head} readouts of {name}", layer, max(tokens))
     if teacher is not None:
-        values = teacher_features(teacher, read, batch_size=batch_size, progress=progress)
+        values = teacher_features(teacher, probe.frames, batch_size=batch_size, progress=progress)
         for head in heads:
-            results[TEACHER, "ceiling", None, head] = _by_camera(probes, values, read.cameras, head)
-    metrics = [m for key, found in results.items() for m in _metrics(key, found, probes, split)]
-    return ProbeResult(
-        metrics=tuple(metrics),
-        panels=tuple(
-            _panels(results, metrics, read, depth, shown=_spread(len(split.test), panels), test=split.test)
-        ),
-        train_frames=len(split.train),
-        test_frames=len(split.test),
-        test_episodes=len(set(split.test_episode.tolist())),
-        clip=clip,
-        seconds=time.perf_counter() - started,
-    )
+            probe.read(TEACHER, "ceiling", None, values, head)
+    return probe.result(panels)
 
 
 Key = tuple[str, str, int | None, Head]
 DepthSource = Callable[[Frames, int, float], dict[str, Tensor]]
 """(frames, R, clip) -> (N, R, R) by camera, 0 where there is none; see `features.predicted_depth`."""
+
+
+class DepthProbe:
+    """Depth readouts from any features of the same frames of a dataset.
+
+    Args:
+        dataset, cameras: with depth for these cameras.
+        depth_source, frames, held_out, test_episodes, side, clip, seed: see `probe_depth`.
+
+    Attributes:
+        frames: what features are to be made of, in order.
+
+    Raises:
+        ConfigError: fewer than 4 episodes, a fraction outside (0, 1), episodes to measure on that are not
+            there or leave fewer than two.
+        DataError: the dataset lacks a camera or its depth, or too few pixels are measured.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        cameras: Sequence[str],
+        *,
+        depth_source: DepthSource | None = None,
+        frames: int = 2000,
+        held_out: float = 0.25,
+        test_episodes: Sequence[int] | None = None,
+        side: int = 48,
+        clip: float = 3.0,
+        seed: int = 0,
+    ) -> None:
+        self._started = time.perf_counter()
+        _check_episodes(dataset, held_out)
+        index, self._split = _choose(dataset, frames, _tests(dataset, held_out, test_episodes, seed), seed)
+        self.frames = Frames.read(dataset, index, cameras)
+        self._clip = clip
+        self._depth = (
+            {c: read_depth(dataset, index, c, side, clip) for c in cameras}
+            if depth_source is None
+            else depth_source(self.frames, side, clip)
+        )
+        self._probes = {c: _CameraProbe(self._depth[c], self._split, clip, c) for c in cameras}
+        self._results: dict[Key, dict[str, Tensor]] = {}
+        self._metrics: list[ProbeMetrics] = []
+
+    def floor(self, head: Head) -> Sequence[ProbeMetrics]:
+        """Measure the mean depth image, which knows nothing of a frame; see `read`."""
+        return self._add(
+            (MEAN_IMAGE, "floor", None, head), {c: probe.mean_image() for c, probe in self._probes.items()}
+        )
+
+    def read(
+        self, name: str, kind: str, layer: int | None, features: Tensor, head: Head
+    ) -> Sequence[ProbeMetrics]:
+        """Fit a readout to features (N, V, h, w, C) of `frames`; its metrics, the mean over cameras last."""
+        views = {camera: features[:, number] for number, camera in enumerate(self.frames.cameras)}
+        return self._add(
+            (name, kind, layer, head), {c: probe.readout(views[c], head) for c, probe in self._probes.items()}
+        )
+
+    def _add(self, key: Key, predicted: dict[str, Tensor]) -> Sequence[ProbeMetrics]:
+        rows = _metrics(key, predicted, self._probes, self._split)
+        self._results[key] = predicted
+        self._metrics += rows
+        return rows
+
+    def result(self, panels: int = 3) -> ProbeResult:
+        """All that was read, in order, with `panels` held-out frames a camera as pictures."""
+        test = self._split.test
+        shown = _spread(len(test), panels)
+        return ProbeResult(
+            metrics=tuple(self._metrics),
+            panels=tuple(
+                _panels(self._results, self._metrics, self.frames, self._depth, shown=shown, test=test)
+            ),
+            train_frames=len(self._split.train),
+            test_frames=len(test),
+            test_episodes=len(set(self._split.test_episode.tolist())),
+            clip=self._clip,
+            seconds=time.perf_counter() - self._started,
+        )
 
 
 class _CameraProbe:
@@ -226,12 +297,6 @@ class _CameraProbe:
 
     def _metres(self, residual: Tensor) -> Tensor:
         return (residual + self.mean).exp().clamp(NEAREST, self.clip)
-
-
-def _by_camera(
-    probes: Mapping[str, _CameraProbe], features: Tensor, order: Sequence[str], head: Head
-) -> dict[str, Tensor]:
-    return {c: probe.readout(features[:, order.index(c)], head) for c, probe in probes.items()}
 
 
 def _metrics(
@@ -322,19 +387,20 @@ def _spread(length: int, count: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))
 
 
-def _check(
-    students: Mapping[str, Student], floors: Mapping[str, Student], dataset: Dataset, held_out: float
-) -> None:
+def _check_names(students: Mapping[str, Student], floors: Mapping[str, Student]) -> None:
     if not students:
         raise ConfigError("no student to probe; give at least one.")
     if twice := (set(students) & set(floors)) | ({MEAN_IMAGE, TEACHER} & (set(students) | set(floors))):
         raise ConfigError(f"the names {sorted(twice)} are used twice or reserved; rename the students.")
+
+
+def _check_episodes(dataset: Dataset, held_out: float) -> None:
     if not 0 < held_out < 1:
         raise ConfigError(f"held_out is {held_out}; expected a fraction between 0 and 1.")
-    if len(dataset.episodes) < 4:
+    if len(dataset.episodes) < FEWEST_EPISODES:
         raise ConfigError(
-            f"{dataset.root} has {len(dataset.episodes)} episodes; the probe needs at least 4, to fit, tune "
-            "and measure on different ones."
+            f"{dataset.root} has {len(dataset.episodes)} episodes; the probe needs at least "
+            f"{FEWEST_EPISODES}, to fit, tune and measure on different ones."
         )
 
 

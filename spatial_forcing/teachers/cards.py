@@ -60,7 +60,16 @@ class TeacherFacts:
     cost: float | None = None
 
 
+CommercialUse = Literal["yes", "no", "ask"]
 FREE_LICENCES = frozenset({"Apache-2.0", "BSD-3-Clause", "CC-BY-4.0", "MIT"})
+RESEARCH_ONLY = frozenset({"LicenseRef-Apple-AMLR"})
+
+
+def commercial_use(licence: str) -> CommercialUse:
+    """Whether a licence allows commercial use; "ask": it has conditions of its own, or is not known."""
+    if licence in FREE_LICENCES:
+        return "yes"
+    return "no" if "-NC" in licence or licence in RESEARCH_ONLY else "ask"
 
 
 @dataclass(frozen=True)
@@ -86,14 +95,10 @@ class TeacherCard:
     facts: TeacherFacts | None = None
 
     @property
-    def commercial(self) -> Literal["yes", "no", "ask"]:
+    def commercial(self) -> CommercialUse:
         """Whether the licence allows commercial use; "ask": it has conditions of its own, read them."""
-        if self.licence in FREE_LICENCES:
-            return "yes"
-        return "no" if "-NC" in self.licence or self.licence in RESEARCH_ONLY else "ask"
+        return commercial_use(self.licence)
 
-
-RESEARCH_ONLY = frozenset({"LicenseRef-Apple-AMLR"})
 
 TEACHERS: Registry[TeacherCard] = Registry("teacher")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import common
+from spatial_forcing import memory
 
 MB = 2**20
 
@@ -26,17 +26,17 @@ def loaded_in_parts():
 @pytest.mark.parametrize("permitted", [True, False])
 def test_an_earlier_peak_does_not_hide_a_later_one(monkeypatch, permitted):
     if not permitted:
-        monkeypatch.setattr(common, "_reset_mark", lambda: False)
+        monkeypatch.setattr(memory, "_reset_mark", lambda: False)
     needs(300)()
     kept = loaded_in_parts()
     for megabytes in (60, 120):
-        found = common.peak_over(needs(megabytes)) / MB
+        found = memory.peak_over(needs(megabytes)) / MB
         assert 0.9 * megabytes < found < megabytes + 40
     assert kept.size
 
 
 def test_small_parts_count_too():
     kept = loaded_in_parts()
-    found = common.peak_over(loaded_in_parts) / MB
+    found = memory.peak_over(loaded_in_parts) / MB
     assert 150 < found < 260
     assert kept.size
