@@ -31,6 +31,11 @@ class TeacherRef:
             self._device = device
         return self._teacher
 
+    @property
+    def name(self) -> str | None:
+        """The teacher's; a teacher may load its weights to tell."""
+        return None if self._teacher is None else self._teacher.name
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
@@ -46,7 +51,6 @@ class Source:
         label: among several; empty for one alone.
         teacher: reached by reference.
         layers: indices >= 0, each once.
-        name: the teacher's.
         dim: channels of its features.
         partial: a row of zeros says nothing (`protocols.PartialTeacher`).
         projected: its channels are coordinates in a basis.
@@ -55,7 +59,6 @@ class Source:
     label: str
     teacher: TeacherRef
     layers: tuple[int, ...]
-    name: str
     dim: int
     partial: bool
     projected: bool
@@ -73,7 +76,6 @@ class Source:
             label,
             TeacherRef(teacher),
             tuple(dict.fromkeys(layers)),
-            teacher.name,
             teacher.dim,
             is_partial(teacher),
             teacher.projected,
@@ -83,12 +85,12 @@ class Source:
         """Raise `ConfigError` where means (or scales) of its channels would say something wrong."""
         if self.partial and (means or standardise):
             raise ConfigError(
-                f"{self.name!r} says nothing of some cells, which would enter the means of "
+                f"{self.teacher.name!r} says nothing of some cells, which would enter the means of "
                 "forcing.subtract_cell_mean and forcing.standardise; set both to false."
             )
         if self.projected and standardise:
             raise ConfigError(
-                f"forcing.standardise would rescale the cached coordinates of {self.name!r}, not its "
+                f"forcing.standardise would rescale the cached coordinates of {self.teacher.name!r}, not its "
                 "channels; set it to false and build the cache with standardise instead."
             )
 
