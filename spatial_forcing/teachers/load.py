@@ -11,6 +11,7 @@ import torch
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.protocols import Teacher
 from spatial_forcing.registry import unknown
+from spatial_forcing.teachers.cache.format import HEADER
 from spatial_forcing.teachers.cards import (
     RANDOM,
     TEACHERS,
@@ -67,7 +68,8 @@ def load_teacher(
         dataset: whose depth `recorded-depth` reads; other teachers need none.
 
     Raises:
-        ConfigError: unknown name (the closest one is suggested), dtype, framing or resolution.
+        ConfigError: unknown name (the closest one is suggested), dtype, framing or resolution; a folder of
+            cached features.
         CheckpointError: missing, damaged or foreign weights.
     """
     name = str(name_or_path)
@@ -84,6 +86,11 @@ def load_teacher(
     if source in TEACHERS:
         card = TEACHERS[source]
         loader = card.loader
+    elif (Path(source) / HEADER).is_file():
+        raise ConfigError(
+            f"{source} holds cached features; open them with CachedTeacher({source!r}), or name the folder "
+            "as the cache (--cache)."
+        )
     elif Path(source).exists() or _is_hub_id(source):
         loader = _loader_of(source)
     else:
