@@ -102,7 +102,13 @@ def choose(
             "with parameters); spatial forcing reads the tokens between the blocks of a transformer. Collect "
             "them in one and name it with --blocks PATH."
         )
-    survey(subject, batch, found, candidates)
+    if not survey(subject, batch, found, candidates) and named is None:
+        keys = ", ".join(image.key for image in found) or "the pixels"
+        raise LayoutError(
+            f"the model ignores {keys}: with every pixel changed, neither the loss nor what enters its "
+            "blocks changes. It may need another entry beside them (image_grid_thw of Qwen, image_sizes of "
+            "Mistral), or placeholders of images in input_ids."
+        )
     if named is not None or subject.student is not None:
         return _usable(candidates[0]), candidates
     carrying = [c for c in candidates if c.carries and len(c.shape) == 3]
@@ -188,8 +194,11 @@ def _usable(candidate: Candidate) -> Candidate:
 
 def survey(
     subject: Subject, batch: Mapping[str, Any], found: Sequence[ImageTensor], candidates: Sequence[Candidate]
-) -> None:
-    """Fill in what is seen at each candidate's first block when images and other inputs change."""
+) -> bool:
+    """Fill in what is seen at each candidate's first block when images and other inputs change.
+
+    Whether changed images change anything: one of those states, or the loss.
+    """
     with _all_trainable(subject.model):
         try:
             before, loss = _inputs(subject, batch, candidates)
@@ -206,7 +215,7 @@ def survey(
             id(h) for h, g in zip(states, grads, strict=bool(grads)) if g is not None and bool(g.any())
         }
     with torch.no_grad():
-        seen, _ = _inputs(subject, all_inverted(subject, batch, found), candidates)
+        seen, other = _inputs(subject, all_inverted(subject, batch, found), candidates)
         others = disturbed(batch, found)
         try:
             heard, _ = _inputs(subject, others, candidates) if others is not None else ({}, None)
@@ -218,6 +227,16 @@ def survey(
         candidate.images = _differs(state, seen.get(i))
         candidate.mixed = _differs(state, heard.get(i))
         candidate.carries = id(state) in reached
+    return any(c.images for c in candidates) or bool(other != loss.detach())
+
+
+def zero_weights(model: nn.Module) -> list[str]:
+    """Matrices of the model in which every number is zero: nothing passes them."""
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and p.numel() and "lora_" not in name and not bool(p.any())
+    ]
 
 
 def stream_of(

@@ -65,7 +65,8 @@ def measure(forcing: SpatialForcing, batch: Mapping[str, Any]) -> Cost:
     assert projector is not None
     bare = kept_bytes(forcing, lambda: student(batch)[0])
     both = kept_bytes(forcing, lambda: forcing(batch)[0])
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), seeded():
+    # Under no_grad the counter fails on views of parameters (queries that are expanded to the batch).
+    with FlopCounterMode(display=False) as counter, seeded():
         student(batch)
     tokens = int(forcing.aligned_tokens(batch).sum())
     # One pair of layers, so every linear layer of the projector sees each token once.

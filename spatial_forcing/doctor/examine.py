@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from spatial_forcing.alignment import Alignment, Sequencer
-from spatial_forcing.doctor.blocks import Candidate, choose, stream_of
+from spatial_forcing.doctor.blocks import Candidate, choose, stream_of, zero_weights
 from spatial_forcing.doctor.cost import measure
 from spatial_forcing.doctor.gradient import StandIn, follow, frozen_parts, see_tap
 from spatial_forcing.doctor.grid import Probe, find_grid, views_positions
@@ -25,14 +25,15 @@ from spatial_forcing.doctor.images import (
 from spatial_forcing.doctor.proposal import Adapter, propose, views_function
 from spatial_forcing.doctor.report import Check, Report
 from spatial_forcing.doctor.subject import Subject
-from spatial_forcing.doctor.verify import claims, explain, paint_patches
+from spatial_forcing.doctor.verify import claims, compare_views, explain, paint_patches
 from spatial_forcing.errors import ConfigError, LayoutError, SpatialForcingError
 from spatial_forcing.forcing.config import ForcingConfig, resolve_pairs
 from spatial_forcing.forcing.layout import Grid
 from spatial_forcing.forcing.module import SpatialForcing
 from spatial_forcing.students.base import evaluating
 
-STEPS = ("images", "decoder blocks", "token grid", "tap", "gradient path", "cost")
+COST = "cost"
+STEPS = ("images", "decoder blocks", "token grid", "tap", "gradient path", COST)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class _Examination:
         self.subject, self.options = subject, options
         if options.blocks is None and subject.blocks is not None:
             self.options = replace(options, blocks=subject.blocks)
-        self.report = Report(target, [Check(name) for name in STEPS])
+        self.report = Report(target, [Check(name, needed=name != COST) for name in STEPS])
         self.claimed_layout = subject.layout is not None or subject.student is not None
         self.claimed_views = subject.views is not None or subject.student is not None
 
@@ -106,6 +107,15 @@ class _Examination:
                 check.state, check.remedy = "FAIL", str(wrong)
             except SpatialForcingError as error:
                 check.state, check.remedy, broken = "FAIL", str(error), True
+                if isinstance(error, LayoutError) and (zero := zero_weights(self.subject.bare)):
+                    check.remedy += f" Weights that are all zero: {', '.join(zero)}; load or draw them first."
+            except Exception as error:  # what was found before must not be lost
+                what = f"{type(error).__name__}: {error}"
+                if check.needed:
+                    check.state, broken = "FAIL", True
+                    check.remedy = f"{what}. Call spatial_forcing.doctor.examine in Python for the traceback."
+                else:
+                    check.remedy = f"could not be measured: {what}"
             else:
                 check.state = "pass"
             if broken:
@@ -147,7 +157,7 @@ class _Examination:
 
     def tokens(self, check: Check) -> None:
         """3: the positions of each view's tokens, found by painting, and the claim or proposal verified."""
-        self._read_stream()
+        self._read_stream(check)
         if self.stream is not None:
             check.lines.append(f"the sequence is made by {self.stream.code}")
         try:
@@ -165,15 +175,23 @@ class _Examination:
         if wrong is not None:
             raise _Wrong(f"{wrong} The adapter below uses the positions that were found.")
         layout, views = claims(self.forcing.student, self.batch)
+        if self.claimed_views and (
+            fault := compare_views(self.pictures, self.forcing.student, layout, views)
+        ):
+            raise LayoutError(fault)
         patches = paint_patches(self.probe, self.pictures, layout, views)
         if (fault := explain(patches, layout, self.grids)) is not None:
             raise LayoutError(f"the proposed layout does not hold for all samples: {fault}")
         check.lines.append(f"{len(patches)} painted patches, each changed its own position most")
 
-    def _read_stream(self) -> None:
+    def _read_stream(self, check: Check) -> None:
         """The images in use, and the probe at the first block with the sequence that enters it."""
         samples = count_samples(self.subject, self.batch, self.found)
         first, blocks = self.blocks.blocks[0], self.blocks
+        if blocks.shape[0] > samples and len(self.found) == 1:
+            check.lines.append(
+                f"{blocks.shape[0]} rows for {samples} samples: views lie in the batch dimension"
+            )
         self.stream = None
         if self.subject.student is not None:
             sequence = self._student_alignment().sequence

@@ -121,15 +121,21 @@ def entry(batch: Any, path: Path) -> Any:
 
 
 def count_samples(subject: Subject, batch: Mapping[str, Any], found: Sequence[ImageTensor]) -> int:
-    """How many samples the batch holds: the first dimension of what is not an image, else of the images."""
+    """How many samples the batch holds: the first dimension of what is not an image, else of the images.
+
+    Where tensors differ, views are folded into the batch of some of them, and the fewest rows are samples:
+    two actions beside four images with four prompts are two samples of two views.
+    """
     if not found:
         assert subject.pixels is not None
         return len(subject.pixels)
     images = {image.path for image in found}
-    lengths = [len(v) for path, v in tensors(batch) if path not in images and v.ndim]
-    total = int(np.prod(found[0].lead))
-    whole = [n for n in lengths if n and (total if len(found) == 1 else len(found[0].images)) % n == 0]
-    return max(set(whole), key=whole.count) if whole else found[0].lead[0]
+    others = [v for path, v in tensors(batch) if path not in images and v.ndim]
+    total = int(np.prod(found[0].lead)) if len(found) == 1 else len(found[0].images)
+    # A vector may be a size, and a single row may be shared by all samples.
+    rows = [v for v in others if v.ndim > 1 and len(v) > 1] or others
+    whole = [len(v) for v in rows if len(v) and total % len(v) == 0]
+    return min(whole) if whole else found[0].lead[0]
 
 
 def tensors(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:

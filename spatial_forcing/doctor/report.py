@@ -14,13 +14,15 @@ class Check:
 
     Attributes:
         name: of the step.
-        state: how it went; skipped where an earlier one must be fixed first.
+        state: how it went; skipped where an earlier one must be fixed first, or where it could not be done.
+        needed: whether a model is only understood if it passes.
         lines: what was found.
         remedy: what is wrong and what fixes it; empty unless it failed.
     """
 
     name: str
     state: State = "skipped"
+    needed: bool = True
     lines: list[str] = field(default_factory=list)
     remedy: str = ""
 
@@ -45,8 +47,10 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every check passed."""
-        return all(check.state == "pass" for check in self.checks)
+        """Whether every check that is needed passed."""
+        return all(
+            check.state == "pass" or (not check.needed and check.state != "FAIL") for check in self.checks
+        )
 
     def to_plain(self) -> dict[str, Any]:
         """The findings as a JSON-able mapping."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spatial_forcing.alignment import TokenLayout, Views
 from spatial_forcing.errors import ConfigError
-from spatial_forcing.forcing.adapter import Alignable, Loss, ModuleStudent
+from spatial_forcing.forcing.adapter import Alignable, Loss, ModuleStudent, loss_in
 from spatial_forcing.registry import did_you_mean
 
 EXPECTED = "a Subject, (model, batch) or (model, batch, loss)"
@@ -31,7 +31,7 @@ class Subject:
             and views are then verified.
         batch: a training batch as the model takes it, on the model's device; two samples or more say more.
             Or a function from `pixels` to such a batch, for models whose images enter it cut into patches.
-        loss: (model, batch) -> loss or (loss, metrics); default `model(**batch).loss`.
+        loss: (model, batch) -> loss or (loss, metrics); default: see `as_student`.
         blocks: path of the decoder blocks in `model`, e.g. `model.language_model.layers`.
         layout: batch -> TokenLayout, to be verified.
         views: batch -> Views, to be verified.
@@ -93,12 +93,12 @@ class Subject:
             result = self.loss(self.model, dict(batch))
         else:
             returned = self.model(**batch)
-            if getattr(returned, "loss", None) is None:
+            result = loss_in(returned)
+            if result is None:
                 raise ConfigError(
                     f"{type(self.model).__name__}(**batch) returned {_kind(returned)} without a loss; put "
                     "the targets in the batch or return Subject(model, batch, loss=lambda model, batch: ...)."
                 )
-            result = returned.loss
         loss = result[0] if isinstance(result, tuple) else result
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ConfigError(f"the loss is {_kind(loss)}; expected one number in a tensor.")

@@ -15,6 +15,8 @@ from spatial_forcing.doctor.images import Box, Pictures
 from spatial_forcing.errors import LayoutError, SpatialForcingError
 from spatial_forcing.forcing.layout import Grid, check_layout, grid_sizes
 
+INSIDE = 0.5
+"""A painted part is in its place if this share of the change is there."""
 SAMPLES = 2
 """Samples that are painted; a layout that fits the first alone is found out by the second."""
 
@@ -64,6 +66,60 @@ def paint_patches(probe: Probe, pictures: Pictures, layout: TokenLayout, views: 
             "no token of the layout is valid, so nothing can be painted; give a batch with images."
         )
     return patches
+
+
+def compare_views(pictures: Pictures, student: Any, layout: TokenLayout, views: Views) -> str | None:
+    """What is wrong with the images that the student's views show, in words; None: nothing.
+
+    A small part of one image is painted in the batch; it must change in `views`, in the same place.
+    """
+    before = views.images
+    for view in range(pictures.views):
+        grid = grid_sizes(layout)[0, view].tolist()
+        for row, column in spread((grid[0], grid[1])):
+            # A quarter of a token's patch: patches that are merged in a wrong order stay within the token.
+            token = (2 * row, 2 * column + 1)
+            box = patch_box(
+                views.student_to_view[0, view], token, (2 * grid[0], 2 * grid[1]), pictures.size(view)
+            )
+            change = torch.zeros(before.shape[:2] + before.shape[3:])
+            for batch in pictures.painted(0, view, box):
+                after = claims(student, batch)[1].images
+                change = torch.maximum(change, (after - before).abs().sum(2))
+            fault = _misplaced(change, view, box, pictures.size(view))
+            if fault is not None:
+                return fault
+    return None
+
+
+def _misplaced(change: Tensor, view: int, box: Box, size: tuple[int, int]) -> str | None:
+    """`change` is (B, V, H, W) of the views' images after `box` of an image of `size` was painted."""
+    weights = change.flatten(2).sum(-1)
+    if not bool(weights.any()):
+        return (
+            f"views(batch) does not change when the batch's image {view} of sample 0 is painted: it reads "
+            "other images than the model does."
+        )
+    sample, shown = divmod(int(weights.argmax()), change.shape[1])
+    if (sample, shown) != (0, view):
+        return (
+            f"views(batch) shows the batch's image {view} of sample 0 as view {shown} of sample {sample}: "
+            "put the cameras in the order of the model's sequence."
+        )
+    height, width = change.shape[2:]
+    y0, y1, x0, x1 = box
+    rows = slice(int(y0 / size[0] * height - 1), int(y1 / size[0] * height + 1) + 1)
+    columns = slice(int(x0 / size[1] * width - 1), int(x1 / size[1] * width + 1) + 1)
+    rows, columns = (slice(max(part.start, 0), part.stop) for part in (rows, columns))
+    inside = float(change[0, view, rows, columns].sum() / weights[0, view])
+    if inside >= INSIDE:
+        return None
+    return (
+        f"a part of image {view}, painted at rows {y0} to {y1} and columns {x0} to {x1} of {size[0]} x "
+        f"{size[1]}, changes views(batch) elsewhere ({100 * inside:.0f} % in the same place): its "
+        "pixels are in another order than the model's (the order in which patches are merged, rows and "
+        "columns swapped), or framed otherwise without a student_to_view that says so."
+    )
 
 
 def _chosen(valid: Tensor, grid: Grid) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -35,6 +35,22 @@ class Alignable(Protocol):
     def __call__(self, batch: Batch, alignment: Alignment | None = None) -> tuple[Tensor, Metrics]:
         """The action loss and its metrics."""
         ...
+
+
+def loss_in(returned: Any) -> Tensor | None:
+    """The loss in what a model returned: `.loss`, `["loss"]`, the first of a tuple, or the scalar itself.
+
+    None where none of these is one number in a tensor.
+    """
+    if isinstance(returned, Mapping):  # transformers' outputs are mappings, too
+        found = returned.get("loss")
+    elif isinstance(returned, tuple) and not hasattr(returned, "loss"):
+        found = returned[0] if returned else None
+    elif isinstance(returned, Tensor):
+        found = returned if returned.ndim == 0 else None
+    else:
+        found = getattr(returned, "loss", None)
+    return found if isinstance(found, Tensor) and found.numel() == 1 else None
 
 
 class ModuleStudent(nn.Module):
@@ -76,14 +92,18 @@ class ModuleStudent(nn.Module):
         """The model's own loss and metrics.
 
         Raises:
-            ConfigError: the model returned no loss.
+            ConfigError: the model returned no loss (see `loss_in`).
         """
-        result = self.model(**batch).loss if self._loss is None else self._loss(self.model, batch)
+        if self._loss is None:
+            returned = self.model(**batch)
+            result: Any = loss_in(returned)
+        else:
+            returned = result = self._loss(self.model, batch)
         loss, metrics = result if isinstance(result, tuple) else (result, {})
         if not isinstance(loss, Tensor):
             raise ConfigError(
-                f"the student returned {type(loss).__name__} as its loss; put the labels in the batch or "
-                "pass loss=lambda model, batch: ... to as_student."
+                f"the student returned {type(returned).__name__} without a loss; put the labels in the batch "
+                "or pass loss=lambda model, batch: ... to as_student."
             )
         return loss, metrics
 
@@ -106,7 +126,8 @@ def as_student(
             that holds the visual tokens (ACT, diffusion policies, a vision tower).
         layout: batch -> TokenLayout; see `layout_from_input_ids` and `layout_from_offset`.
         views: batch -> Views, images in [0, 1].
-        loss: (model, batch) -> loss or (loss, metrics); default `model(**batch).loss`.
+        loss: (model, batch) -> loss or (loss, metrics); default: the loss in `model(**batch)`, as `.loss`,
+            `["loss"]` or the first of a tuple.
         final_norm: the norm after the last block; only needed to tap after all blocks.
         sequence: what enters a block, one tensor a call -> (B, L, D), in which `layout` counts; default the
             first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -309,17 +310,23 @@ def test_images_that_enter_as_patches():
 
     def batch(images):
         cut = images.unfold(3, 8, 8).unfold(4, 8, 8).mean((-1, -2))
-        return {**{k: v for k, v in subject.batch.items() if k != "pixel_values"}, "patches": cut * 2 - 1}
+        others = {k: v for k, v in subject.batch.items() if k != "pixel_values"}
+        return {**others, "patches": cut * 2 - 1, "shown": images}
 
     def loss(model, batch):
         images = batch["patches"] * 0.5 + 0.5
         return model(images, batch["input_ids"], batch["action"]).loss
 
-    given = Subject(subject.model, batch, loss=loss, pixels=pixels, views=lambda _: Views.create(pixels))
+    given = Subject(
+        subject.model, batch, loss=loss, pixels=pixels, views=lambda batch: Views.create(batch["shown"])
+    )
     report = inspect(given)
     assert report.ok, report.text()
     assert report.facts["positions"] == RIGHT.tolist()
     assert "views" in failed(inspect(replace(given, views=None)))[1]
+    constant = failed(inspect(replace(given, views=lambda _: Views.create(pixels))))
+    assert constant[0] == "token grid"
+    assert "image 0 of sample 0" in constant[1]
 
 
 # ---- faults
@@ -419,3 +426,179 @@ def test_a_view_without_positions_of_its_own_is_refused_in_words():
     pictures = SimpleNamespace(size=lambda view: (32, 32))
     with pytest.raises(LayoutError, match=r"view 1 changes 0 positions \(none\)"):
         find_grid(None, pictures, 1, torch.tensor([], dtype=torch.long), None)
+
+
+# ---- what views show, folded views, losses, and reports that are not lost
+
+
+def merged(images, order):
+    """Patches of 8 px, 2 x 2 of them a token, cut in this order: (B, V, tokens, 4, 3, 8, 8)."""
+    cut = images.unfold(3, 16, 16).unfold(4, 16, 16)  # B, V, 3, h, w, 16, 16
+    parts = cut.unflatten(-1, (2, 8)).unflatten(-3, (2, 8))  # ..., h, w, 2, 8, 2, 8
+    patches = parts.permute(0, 1, 3, 4, 5, 7, 2, 6, 8).flatten(4, 5).flatten(2, 3)
+    return patches[:, :, :, order]
+
+
+def unmerged(patches, order):
+    back = patches[:, :, :, torch.tensor(order).argsort()]
+    h = int(patches.shape[2] ** 0.5)
+    grid = back.unflatten(2, (h, h)).unflatten(4, (2, 2))  # B, V, h, w, 2, 2, 3, 8, 8
+    return grid.permute(0, 1, 6, 2, 4, 7, 3, 5, 8).flatten(6, 8).flatten(3, 5)
+
+
+def patched(order=(0, 1, 2, 3), shown=(0, 1, 2, 3), swap=False):
+    subject = toy(grid=(2, 2))
+    others = {k: v for k, v in subject.batch.items() if k != "pixel_values"}
+
+    def loss(model, batch):
+        return model(unmerged(batch["patches"], order), batch["input_ids"], batch["action"]).loss
+
+    def views(batch):
+        pixels = unmerged(batch["patches"], shown)
+        return Views.create(pixels.flip(1) if swap else pixels)
+
+    return Subject(
+        subject.model, lambda images: {**others, "patches": merged(images, order)}, loss=loss,
+        pixels=subject.batch["pixel_values"], views=views,
+    )  # fmt: skip
+
+
+def test_patches_are_cut_and_put_back():
+    images = torch.rand(2, 2, 3, 32, 32)
+    assert torch.equal(unmerged(merged(images, [0, 2, 1, 3]), [0, 2, 1, 3]), images)
+
+
+def test_views_that_show_other_pixels_than_the_model_sees_are_refused():
+    assert inspect(patched()).ok
+    assert inspect(patched((0, 2, 1, 3), (0, 2, 1, 3))).ok
+    step, remedy = failed(inspect(patched((0, 2, 1, 3), (0, 1, 2, 3))))
+    assert step == "token grid"
+    assert "elsewhere" in remedy
+    assert "merged" in remedy
+    assert "image 0 of sample 0 as view 1" in failed(inspect(patched(swap=True)))[1]
+
+
+def test_swapped_cameras_are_found_in_a_plain_batch_too():
+    subject = toy()
+    swapped = replace(subject, views=lambda batch: Views.create(batch["pixel_values"].flip(1)))
+    assert "image 0 of sample 0 as view 1" in failed(inspect(swapped))[1]
+    other = replace(subject, views=lambda batch: Views.create(batch["pixel_values"].flip(0)))
+    assert "as view 0 of sample 1" in failed(inspect(other))[1]
+
+
+class Folded(torch.nn.Module):
+    """Every view is a row of the decoder, with a prompt of its own; the head reads all rows of a sample."""
+
+    def __init__(self, views=2):
+        super().__init__()
+        self.views, self.inner = views, toy().model
+        self.head = torch.nn.Linear(16, 3)
+
+    def forward(self, pixel_values, input_ids, action):
+        words, model = self.inner.words(input_ids), self.inner
+        pooled = torch.nn.functional.adaptive_avg_pool2d(pixel_values, model.grid)
+        hidden = torch.cat([words[:, :1], model.embed(pooled.movedim(1, -1)).flatten(1, 2), words[:, 1:]], 1)
+        for block in model.layers:
+            hidden = block(hidden)
+        read = hidden[:, -1].unflatten(0, (-1, self.views)).mean(1)
+        return {"loss": (self.head(read) - action).abs().mean()}
+
+
+def test_views_folded_into_the_batch_are_one_multi_view_sample():
+    torch.manual_seed(0)
+    batch = toy_batch()
+    folded = {
+        "pixel_values": batch["pixel_values"].flatten(0, 1),
+        "input_ids": batch["input_ids"].repeat_interleave(2, 0),
+        "action": batch["action"],
+    }
+    subject = Subject(Folded(), folded)
+    report = inspect(subject)
+    assert report.ok, report.text()
+    assert report.facts["views"] == 2
+    assert any("4 rows for 2 samples" in line for line in report.checks[2].lines)
+    assert "sequence=lambda calls: calls[0].unflatten(0, (-1, 2)).flatten(1, 2)" in report.adapter
+    forcing = built(report, subject)
+    assert forcing.aligned_tokens(folded).shape == (2, 2, 4, 4)
+    forcing(folded)[0].backward()
+
+
+class Queries(torch.nn.Module):
+    """As ACT: an encoder over all tokens, and a decoder whose queries are expanded to the batch."""
+
+    def __init__(self, returns):
+        super().__init__()
+        layer = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "batch_first": True}
+        self.returns, self.conv = returns, torch.nn.Conv2d(3, 16, 8, 8)
+        self.encoder = torch.nn.ModuleList(torch.nn.TransformerEncoderLayer(**layer) for _ in range(4))
+        self.decoder = torch.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(**layer), 2)
+        self.queries, self.state = torch.nn.Embedding(4, 16), torch.nn.Linear(5, 16)
+        self.head = torch.nn.Linear(16, 3)
+
+    def forward(self, images, state, action):
+        tokens = self.conv(images.flatten(0, 1)).flatten(2).transpose(1, 2)
+        tokens = tokens.unflatten(0, images.shape[:2]).flatten(1, 2)
+        hidden = torch.cat([self.state(state)[:, None], tokens], 1)
+        for block in self.encoder:
+            hidden = block(hidden)
+        found = self.decoder(self.queries.weight.expand(len(images), -1, -1), hidden)
+        return self.returns((self.head(found) - action).abs().mean())
+
+
+@pytest.mark.parametrize(
+    "returns", [lambda loss: {"loss": loss}, lambda loss: (loss, {"l1": 0.0}), lambda loss: loss],
+    ids=["dict", "tuple", "scalar"],
+)  # fmt: skip
+def test_a_loss_may_come_in_a_dict_or_a_tuple(returns):
+    torch.manual_seed(0)
+    batch = {
+        "images": torch.rand(2, 2, 3, 32, 32), "state": torch.randn(2, 5), "action": torch.randn(2, 4, 3),
+    }  # fmt: skip
+    subject = Subject(Queries(returns), batch)
+    report = inspect(subject)
+    assert report.ok, report.text()
+    assert report.facts["cost"]["flops"] > 0
+    assert "loss=" not in report.adapter
+    built(report, subject)(batch)[0].backward()
+
+
+def test_a_cost_that_cannot_be_measured_does_not_lose_the_report(monkeypatch):
+    def broken(forcing, batch):
+        raise AssertionError("no hooks here")
+
+    monkeypatch.setattr(sys.modules[examine.__module__], "measure", broken)
+    report = inspect(toy())
+    assert report.ok
+    assert report.verified
+    assert report.checks[-1].state == "skipped"
+    assert "AssertionError: no hooks here" in report.text()
+    assert "5 of 6 checks passed" in report.text()
+
+
+def test_a_fault_in_a_step_keeps_what_was_found_before(monkeypatch):
+    def broken(*arguments):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(sys.modules[examine.__module__], "follow", broken)
+    report = inspect(toy())
+    step, remedy = failed(report)
+    assert step == "gradient path"
+    assert "ZeroDivisionError: by zero" in remedy
+    assert "as_student" in report.adapter
+
+
+def test_ignored_images_and_weights_of_zero_are_named():
+    deaf = toy()
+    deaf.model.embed.weight.data.zero_()
+    step, remedy = failed(inspect(deaf))
+    assert step == "decoder blocks"
+    assert "ignores pixel_values" in remedy
+    assert "embed.weight" in remedy
+
+    def without(model, batch):
+        return model(torch.zeros_like(batch["pixel_values"]), batch["input_ids"], batch["action"]).loss
+
+    step, remedy = failed(inspect(replace(toy(), loss=without)))
+    assert "ignores pixel_values" in remedy
+    assert "image_grid_thw" in remedy
+    assert "all zero" not in remedy
