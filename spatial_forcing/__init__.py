@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         as_student,
         layout_from_input_ids,
         layout_from_offset,
+        layout_from_qwen,
+        views_from_qwen,
     )
     from spatial_forcing.teachers import as_teacher, load_teacher
 
@@ -30,7 +32,9 @@ _HOMES = {
     "as_teacher": "spatial_forcing.teachers",
     "layout_from_input_ids": "spatial_forcing.forcing",
     "layout_from_offset": "spatial_forcing.forcing",
+    "layout_from_qwen": "spatial_forcing.forcing",
     "load_teacher": "spatial_forcing.teachers",
+    "views_from_qwen": "spatial_forcing.forcing",
 }
 
 __all__ = [
@@ -42,7 +46,9 @@ __all__ = [
     "as_teacher",
     "layout_from_input_ids",
     "layout_from_offset",
+    "layout_from_qwen",
     "load_teacher",
+    "views_from_qwen",
 ]
 
 

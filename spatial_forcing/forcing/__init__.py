@@ -10,6 +10,7 @@ from spatial_forcing.forcing.config import ForcingConfig, resolve_pairs
 from spatial_forcing.forcing.layout import layout_from_input_ids, layout_from_offset, tokens_valid
 from spatial_forcing.forcing.module import SpatialForcing
 from spatial_forcing.forcing.projector import Projector
+from spatial_forcing.forcing.qwen import layout_from_qwen, views_from_qwen
 from spatial_forcing.forcing.schedule import AlphaSchedule
 from spatial_forcing.forcing.sharding import shard
 
@@ -25,7 +26,9 @@ __all__ = [
     "gradient_audit",
     "layout_from_input_ids",
     "layout_from_offset",
+    "layout_from_qwen",
     "resolve_pairs",
     "shard",
     "tokens_valid",
+    "views_from_qwen",
 ]

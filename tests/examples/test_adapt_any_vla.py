@@ -17,7 +17,7 @@ from spatial_forcing.doctor import examine
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "examples" / "adapt_any_vla.py"
-GUIDE = (ROOT / "docs" / "adapt.md").read_text().partition("## Train from a cache")[0]
+GUIDE = (ROOT / "docs" / "adapt.md").read_text().partition("## Qwen-VL")[0]
 MODELS = ("mistral3", "git")
 
 
