@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,12 @@ from spatial_forcing.errors import DataError
 from spatial_forcing.evaluation import read_results
 from spatial_forcing.evaluation.paired import mcnemar, outcomes, p_text
 from spatial_forcing.evaluation.planning import independent_episode_sd, sample_sizes
-from spatial_forcing.evaluation.results import EpisodeResult, rates_by_task, remarks
+from spatial_forcing.evaluation.results import (
+    EpisodeResult,
+    rates_by_task,
+    read_harness_results,
+    remarks,
+)
 from spatial_forcing.evaluation.statistics import macro_mean
 from spatial_forcing.experiments import ARMS, CompareConfig
 from spatial_forcing.experiments import compare as run_comparison
@@ -59,8 +65,10 @@ class CheckpointOptions:
     """The episodes of two policies, selected by their tags.
 
     Attributes:
-        results: episode files (JSONL) of the two policies; one file may hold both.
-        first: tags (`name=value`) that select the episodes of the one policy.
+        results: episode files (JSONL) of the two policies, one file may hold both; or result files (JSON) of
+            vla-eval.
+        first: tags (`name=value`) that select the episodes of the one policy; vla-eval's files have
+            `file=NAME` and `benchmark=NAME`.
         second: tags of the other's.
     """
 
@@ -76,6 +84,12 @@ def checkpoints(options: tyro.conf.OmitArgPrefixes[CheckpointOptions]) -> None:
     seeds (`compare`).
     """
     one, two = (_select(options.results, words) for words in (options.first, options.second))
+    given = [{json.dumps(row.setup.get("params"), sort_keys=True) for row in rows} for rows in (one, two)]
+    if given[0] != given[1]:
+        raise DataError(
+            f"the two policies played with other params ({'; '.join(sorted(given[0] | given[1]))}), so their "
+            "episodes are not the same; run both with one configuration."
+        )
     found = mcnemar(outcomes(one), outcomes(two))
     console = Console()
     for words, rows in ((options.first, one), (options.second, two)):
@@ -93,7 +107,8 @@ def _select(files: Sequence[Path], words: Sequence[str]) -> list[EpisodeResult]:
     if missing := [str(file) for file in files if not file.exists()]:
         raise DataError(f"{', '.join(missing)} does not exist; give the episodes (JSONL) of an evaluation.")
     tags = parse_overrides(tuple(words), "tags")
-    rows = [episode for file in files for episode in read_results(file, tags)]
+    readers = {".json": read_harness_results}
+    rows = [e for file in files for e in readers.get(file.suffix, read_results)(file, tags)]
     if not rows:
         raise DataError(f"no episode in {', '.join(map(str, files))} has the tags {tags}.")
     return rows

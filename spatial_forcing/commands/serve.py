@@ -8,15 +8,17 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from spatial_forcing.errors import ConfigError, EnvironmentSetupError
 
 if TYPE_CHECKING:
+    from spatial_forcing.serving.policy import ServedPolicy
     from spatial_forcing.serving.server import PolicyServer
 
 API_KEY_VARIABLE = "SPATIAL_FORCING_API_KEY"
@@ -30,6 +32,10 @@ class ServeOptions:
 
     Attributes:
         checkpoint: an exported policy, or a run.
+        protocol: "openpi", for robots and openpi's clients, or "vla-eval", so that the benchmarks of the
+            package vla-eval play the policy (docs/vla_eval.md).
+        execute: with vla-eval, actions of a chunk that are carried out before the policy is asked again;
+            none: all.
         host: address to listen on; 0.0.0.0 lets other machines in (set an API key then).
         port: TCP port; 0 takes a free one.
         api_key_file: file with the key that clients must send; the variable SPATIAL_FORCING_API_KEY
@@ -47,6 +53,8 @@ class ServeOptions:
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
+    protocol: Literal["openpi", "vla-eval"] = "openpi"
+    execute: int | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None
@@ -71,6 +79,11 @@ def serve(options: tyro.conf.OmitArgPrefixes[ServeOptions]) -> None:
         raise EnvironmentSetupError(
             f"{error.name} is not installed; run `pip install 'spatial-forcing[serve]'`."
         ) from error
+    if options.execute is not None and options.protocol != "vla-eval":
+        raise ConfigError(
+            "--execute is vla-eval's; with openpi's protocol the client decides how much of a chunk it "
+            "carries out. Leave it out."
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("websockets").setLevel(logging.WARNING)
     shared = ("host", "port", "max_batch", "max_message_mb", "max_clients", "drain_seconds", "debug")
@@ -86,10 +99,39 @@ def serve(options: tyro.conf.OmitArgPrefixes[ServeOptions]) -> None:
         device=options.device,
     )
     policy.warm_up()
+    if options.protocol == "vla-eval":
+        _serve_harness(policy, options, config.api_key)
+        return
     server = PolicyServer(policy, config)
     # The policy's thread and the network's share one interpreter: hand over ten times as often.
     sys.setswitchinterval(SWITCH_SECONDS)
     asyncio.run(_until_told(server, options))
+
+
+def _serve_harness(policy: ServedPolicy, options: ServeOptions, api_key: str | None) -> None:
+    try:
+        from spatial_forcing.serving.harness import PolicyServer, serve
+    except ModuleNotFoundError as error:
+        raise EnvironmentSetupError(
+            f"{error.name} is not installed; run `pip install 'spatial-forcing[vla-eval]'`."
+        ) from error
+    if api_key is not None:
+        raise ConfigError(
+            f"vla-eval's protocol has no keys: unset {API_KEY_VARIABLE} and --api-key-file, and let only the "
+            "benchmark's machine reach the port."
+        )
+    log = logging.getLogger(__name__)
+
+    def ready(port: int) -> None:
+        log.info("serving %s to vla-eval on ws://%s:%d", options.checkpoint, options.host, port)
+
+    with suppress(KeyboardInterrupt):
+        serve(
+            PolicyServer(policy, execute=options.execute, max_batch=options.max_batch),
+            options.host,
+            options.port,
+            ready,
+        )
 
 
 async def _until_told(server: PolicyServer, options: ServeOptions) -> None:

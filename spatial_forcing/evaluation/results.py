@@ -156,6 +156,44 @@ def read_results(path: Path, tags: Mapping[str, Any] | None = None) -> list[Epis
     return episodes
 
 
+def read_harness_results(path: Path, tags: Mapping[str, Any] | None = None) -> list[EpisodeResult]:
+    """The episodes in a result file (JSON) of vla-eval, those whose tags include `tags`.
+
+    Tags are `benchmark` and `file` (the file's name without its ending); the seed is the episode's number in
+    its task, and the setup what the benchmark was given. As in the harness, an episode that ended in an error
+    counts as a failure.
+
+    Raises:
+        DataError: it is no such file, or an incomplete one.
+    """
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        named = {"benchmark": body["benchmark"], "file": path.stem}
+        setup = {"params": (body.get("config") or {}).get("params", {}), "harness": "vla-eval"}
+        episodes = [
+            EpisodeResult(
+                task=task["task"],
+                seed=int(row["episode_id"]),
+                success=bool(row["metrics"].get("success", False)),
+                steps=int(row.get("steps") or 0),
+                reward=float(row["metrics"].get("reward", 0.0)),
+                sim_seconds=float(row.get("elapsed_sec") or 0.0),
+                tags=named,
+                setup=setup,
+            )
+            for task in body["tasks"]
+            for row in task["episodes"]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is not a result of vla-eval ({type(error).__name__}: {error}); give the JSON file that "
+            "`vla-eval run` or `vla-eval export` wrote for one benchmark."
+        ) from error
+    if body.get("partial"):
+        raise DataError(f"{path} is partial: some of its shards are missing; run `vla-eval merge` first.")
+    return [e for e in episodes if all(e.tags.get(k) == v for k, v in (tags or {}).items())]
+
+
 class ResultsFile:
     """Appends episodes to a JSONL file, one flushed line each, so that a kill loses at most one."""
 
