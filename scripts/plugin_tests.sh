@@ -30,7 +30,7 @@ if [ ! -f "$venv/.stamp" ]; then
   limit="${PLUGIN_INSTALL_SECONDS:-600}"
   "$venv/bin/python" -m pip install -qq --upgrade pip || true
   timeout "$limit" "$venv/bin/python" -m pip install -qq --prefer-binary \
-    'lerobot[training,pi,smolvla,xvla,eo1,peft]>=0.6,<0.7' 'pytest>=8' 'pytest-timeout>=2.3' 'tyro>=0.9' 'rich>=13.7' ||
+    'lerobot[training,pi,smolvla,xvla,eo1,peft]>=0.6,<0.7' 'pytest>=8' 'pytest-timeout>=2.3' 'tyro>=0.9' 'rich>=13.7' 'msgpack>=1.0.5' 'websockets>=15' ||
     skip "LeRobot could not be installed in $limit s (PLUGIN_INSTALL_SECONDS); what went wrong, if not the time, stands above"
   touch "$venv/.stamp"
 fi

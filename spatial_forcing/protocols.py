@@ -191,6 +191,16 @@ class VisionTower:
 
 
 @runtime_checkable
+class PartlySeen(Protocol):
+    """A student of whose cameras only some have tokens in the sequence of its blocks (X-VLA: the first)."""
+
+    @property
+    def aligned_cameras(self) -> tuple[str, ...]:
+        """Their names, in order."""
+        ...
+
+
+@runtime_checkable
 class TowerStudent(Protocol):
     """A student that can be aligned at its vision tower's output (`forcing.tap` "vision")."""
 

@@ -1,4 +1,4 @@
-"""A saved LeRobot policy, stock or `_sf`, as a student of `spatial-forcing probe`.
+"""A saved LeRobot policy, stock or `_sf`, as a student: of `probe`, `evaluate`, `serve`, held-out errors.
 
 `load_student` finds `load_policy` by this distribution's entry point, so that the core never imports LeRobot.
 """
@@ -21,13 +21,14 @@ from lerobot_policy_spatial_forcing.student import PolicyStudent
 from spatial_forcing.alignment import IMAGE_PREFIX, Alignment
 from spatial_forcing.errors import CheckpointError, DataError
 from spatial_forcing.protocols import Metrics, Observation
+from spatial_forcing.students.base import StudentModule, StudentSpec, evaluating
 from spatial_forcing.students.batches import collate
 
 Pipeline = Any
 """One of LeRobot's processor pipelines."""
 
 
-class LeRobotStudent(nn.Module):
+class LeRobotStudent(StudentModule):
     """A LeRobot policy with its processors: `protocols.Student`, all cameras of its sequence tapped.
 
     Args:
@@ -45,7 +46,7 @@ class LeRobotStudent(nn.Module):
         kind = str(policy.config.type).removesuffix(SUFFIX)  # type: ignore[union-attr]
         if kind not in FAMILIES:
             raise CheckpointError(
-                f"policies of type {kind!r} cannot be probed: where their image tokens are is known for "
+                f"policies of type {kind!r} are not known here: where their image tokens are is known for "
                 f"{', '.join(FAMILIES)}; add it to families.py of the plugin."
             )
         # Its own settings: every view of the sequence is probed, whichever training aligned.
@@ -53,11 +54,28 @@ class LeRobotStudent(nn.Module):
         self._last: tuple[Any, dict[str, Any]] | None = None
 
     @property
-    def cameras(self) -> tuple[str, ...]:
+    def config(self) -> Any:
+        """LeRobot's configuration of the policy."""
+        return self.policy.config
+
+    @property
+    def spec(self) -> StudentSpec:
+        """What the policy takes and gives, as its configuration says."""
+        config = self.config
+        state, sizes = config.robot_state_feature, [f.shape for f in config.image_features.values()]
+        return StudentSpec(
+            cameras=tuple(key.removeprefix(IMAGE_PREFIX) for key in config.image_features),
+            image_size=max(sizes[0][-2:]) if sizes else 0,
+            state_dim=0 if state is None else state.shape[0],
+            action_dim=config.action_feature.shape[0],
+            chunk=len(config.action_delta_indices),
+            letterboxes=True,
+        )
+
+    @property
+    def aligned_cameras(self) -> tuple[str, ...]:
         """The views whose tokens are in the tapped sequence, in order."""
-        config: Any = self.policy.config
-        keys = list(config.image_features)[: self._view.family.views]
-        return tuple(key.removeprefix(IMAGE_PREFIX) for key in keys)
+        return self.spec.cameras[: self._view.family.views]
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -86,15 +104,24 @@ class LeRobotStudent(nn.Module):
     ) -> Tensor:
         """Action chunks in environment units, (B, chunk, action_dim) float32 on the CPU.
 
-        A policy that draws noise draws it for the whole batch, from one seed that `generator` gives.
+        A policy that draws noise draws it for the whole batch, from one seed that `generator` gives. With one
+        generator a row, each row is a call of its own, so that no row depends on the others.
 
         Raises:
-            DataError: one generator a row, which LeRobot's policies cannot use.
+            DataError: no image of the policy's cameras.
         """
         if isinstance(generator, Sequence):
-            raise DataError("LeRobot's policies draw noise for a whole batch; pass one generator, no list.")
-        batch = collate(observations, self.cameras, torch.device("cpu"))
-        with torch.random.fork_rng():
+            rows = zip(observations, generator, strict=True)
+            return torch.cat([self.act([seen], own) for seen, own in rows])
+        # A view that is not there is LeRobot's to fill in.
+        there = [camera for camera in self.spec.cameras if camera in observations[0]["images"]]
+        if not there:
+            raise DataError(
+                f"the observation has the images {sorted(observations[0]['images'])}, and the policy sees "
+                f"{list(self.spec.cameras)}; name the cameras as the policy does."
+            )
+        batch = collate(observations, there, torch.device("cpu"))
+        with torch.random.fork_rng(), evaluating(self.policy):
             if generator is not None:
                 seed = torch.randint(2**62, (), generator=generator, device=generator.device)
                 torch.manual_seed(int(seed))
@@ -139,7 +166,9 @@ class LeRobotStudent(nn.Module):
             raw = {
                 key: _unit(value) if key.startswith(IMAGE_PREFIX) else value for key, value in batch.items()
             }
-            self._last = (batch, self.before(raw))
+            made = self.before(raw)
+            device = next(self.policy.parameters()).device
+            self._last = (batch, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()})
         return self._last[1]
 
 

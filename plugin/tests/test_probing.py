@@ -30,9 +30,12 @@ from lerobot_policy_spatial_forcing.probing import LeRobotStudent
 
 from plugin.tests import builders
 from plugin.tests.builders import FAMILIES, random_batch
+from plugin.tests.stage import Stage
 from spatial_forcing.analysis.features import Frames, randomised, student_features
 from spatial_forcing.commands.probe import ProbeOptions, probe
 from spatial_forcing.errors import CheckpointError, DataError
+from spatial_forcing.evaluation import evaluate
+from spatial_forcing.serving.policy import load_policy
 from spatial_forcing.students import base, load_student
 from tests.analysis.rooms import write_rooms
 
@@ -88,7 +91,7 @@ def frames(family, count=3, seed=0):
 
 
 def shown(student, seen):
-    return replace(seen, cameras=student.cameras)
+    return replace(seen, cameras=student.aligned_cameras)
 
 
 @families
@@ -96,7 +99,8 @@ def test_tokens_of_every_family_change_with_their_view_alone(family):
     few = {"max_decoding_steps": 4} if family.name == "pi0_fast" else {}  # by default 256
     student = LeRobotStudent(family.stock(**few), preprocessor(family), lambda actions: actions)
     seen = shown(student, frames(family))
-    assert student.cameras == ("front", "wrist")[: family.views]
+    assert student.cameras == ("front", "wrist")
+    assert student.aligned_cameras == ("front", "wrist")[: family.views]
 
     def tokens():
         with family.small(), mock.patch.object(student, "act", lambda o, g: acted(student, family, o)):
@@ -185,8 +189,44 @@ def test_acting_repeats_by_its_generator_and_saves_and_loads(tmp_path):
         assert torch.equal(again.act(seen, torch.Generator().manual_seed(1)), first)
         assert not torch.equal(again.act(seen, torch.Generator().manual_seed(2)), first)
         assert not torch.equal(randomised(student).act(seen, torch.Generator().manual_seed(1)), first)
-        with pytest.raises(DataError, match="one generator"):
-            student.act(seen, [torch.Generator()] * 3)
+        rows = student.act(seen, [torch.Generator().manual_seed(seed) for seed in (1, 2, 1)])
+        for row, seed in enumerate((1, 2, 1)):
+            alone = student.act([seen[row]], torch.Generator().manual_seed(seed))[0]
+            assert torch.equal(rows[row], alone)
+        with pytest.raises(DataError, match=r"\['left'\].*'front', 'wrist'"):
+            student.act([{**seen[0], "images": {"left": seen[0]["images"]["front"]}}])
+
+
+@pytest.mark.parametrize("name", ["pi0", "smolvla", "xvla"])
+def test_a_lerobot_policy_is_served_and_evaluated(name, tmp_path, monkeypatch):
+    """openpi's client and closed-loop evaluation, from a checkpoint that LeRobot wrote."""
+    monkeypatch.setattr(base, "entry_points", lambda group: [ENTRY] if group == base.OTHERS else [])
+    family = FAMILIES[name]
+    save(family.stock(), tmp_path / "policy")
+    with family.small():
+        served = load_policy(tmp_path / "policy")
+        about = served.signature.metadata()
+        assert about["model_type"] == f"lerobot:{name}"
+        assert (about["state_dim"], about["action_dim"]) == (5, 4)
+        assert list(about["cameras"]) == ["front", "wrist"]
+        served.warm_up()
+        (seen,) = frames(family, 1).observations(slice(0, 1))
+        message = {
+            "observation/front": seen["images"]["front"], "observation/wrist": seen["images"]["wrist"],
+            "observation/state": seen["state"], "prompt": seen["task"], "seed": 3,
+        }  # fmt: skip
+        answer = served.infer(message)["actions"]
+        expected = served.student.act([seen], torch.Generator().manual_seed(3))[0].numpy()
+        np.testing.assert_array_equal(answer, expected)
+        assert answer.shape == (about["chunk"], 4)
+        changed = {**message, "observation/wrist": 255 - seen["images"]["wrist"]}
+        assert not np.array_equal(served.infer(changed)["actions"], answer)  # X-VLA's second view, too
+        found = evaluate(
+            served.student, ("any",), episodes=2, seed=100000, workers=1, execute=2, env_kwargs={},
+            make=Stage, out=tmp_path / "episodes.jsonl", progress=False,
+        )  # fmt: skip
+    assert len(found.episodes) == 2
+    assert not found.errors
 
 
 def test_what_cannot_be_probed_is_refused(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from spatial_forcing.data import Dataset
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing.layout import gather_tokens, grid_sizes
 from spatial_forcing.forcing.tap import Tap, in_sequence
-from spatial_forcing.protocols import Observation, Student, Teacher
+from spatial_forcing.protocols import Observation, PartlySeen, Student, Teacher
 from spatial_forcing.teachers.frozen import SceneTeacher
 
 Progress = Callable[[str, int, int], None]
@@ -179,8 +179,11 @@ def randomised(student: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def student_cameras(student: Student, dataset: Dataset) -> tuple[str, ...]:
-    """The cameras the student sees, in its order; for a student that does not say, all of the dataset's."""
-    return tuple(student.cameras or dataset.cameras)
+    """The cameras whose tokens can be read, in the student's order; for one that does not say, all of the
+    dataset's.
+    """
+    own = student.aligned_cameras if isinstance(student, PartlySeen) else student.cameras
+    return tuple(own or dataset.cameras)
 
 
 def read_depth(dataset: Dataset, index: Sequence[int], camera: str, side: int, clip: float) -> Tensor:

@@ -20,7 +20,7 @@ from spatial_forcing.protocols import Student
 from spatial_forcing.serving.codec import plain
 from spatial_forcing.serving.request import Request, Signature
 from spatial_forcing.students import load_student
-from spatial_forcing.students.base import CONFIG_FILE, POLICY, WEIGHTS_FILE, StudentModule, read_config
+from spatial_forcing.students.base import CONFIG_FILE, POLICY, WEIGHTS_FILE, StudentModule, read_json
 from spatial_forcing.students.card import SECTION, load_header
 from spatial_forcing.students.normalize import Normalizer
 
@@ -176,12 +176,14 @@ def describe(student: Student, folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the model card's header cannot be read.
     """
-    config, card = read_config(folder), load_header(folder)
+    config, card = read_json(folder), load_header(folder)
+    # LeRobot's own files name a `type`.
+    kind = config.get("model_type") or f"lerobot:{config.get('type')}"
     used = card.get(SECTION)
     used = used if isinstance(used, dict) else {}
     norms = {k: v for k, v in config.items() if k.endswith("_norm") and isinstance(v, str)}
     return {
-        "model_type": config["model_type"],
+        "model_type": kind,
         "base_model": str(card.get("base_model", UNKNOWN)),
         "licence": str(card.get("license", UNKNOWN)),
         "teacher": str(used.get("teacher", UNKNOWN) or "none"),
