@@ -189,6 +189,31 @@ class Pair:
     label: str = ""
 
 
+def pair_labels(config: ForcingConfig, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The label of each pair's teacher, of the teachers `labels`; see `resolve_pairs`.
+
+    Raises:
+        ConfigError: a label that no teacher has, a teacher that no pair names, or several teachers and pairs
+            that do not say whose they are.
+    """
+    several = len(labels) > 1
+    if several and config.pairs is not None and not config.teachers:
+        raise ConfigError(
+            f"there are the teachers {', '.join(labels)}; say in forcing.teachers which of them each of the "
+            f"{len(config.pairs)} forcing.pairs means."
+        )
+    named = config.teachers or labels * (1 if config.pairs is None else len(config.pairs))
+    if unknown := sorted(set(named) - set(labels)):
+        there = ", ".join(labels) if labels != ("",) else "one without a label"
+        raise ConfigError(f"forcing.teachers names {', '.join(unknown)}; the teachers are {there}.")
+    if idle := [label for label in labels if label not in named]:
+        raise ConfigError(f"forcing.teachers {named} leaves out {', '.join(idle)}; name it, or drop it.")
+    if config.gate and several:
+        raise ConfigError("forcing.gate mixes student layers for one teacher; there are several. Clear it.")
+    config.check_count(len(named))
+    return named
+
+
 def resolve_pairs(config: ForcingConfig, student_depth: int, depths: Mapping[str, int]) -> tuple[Pair, ...]:
     """The configured pairs with indices >= 0.
 
@@ -204,21 +229,7 @@ def resolve_pairs(config: ForcingConfig, student_depth: int, depths: Mapping[str
         ConfigError: an index out of range (the message gives the range), a label that no teacher has, or a
             teacher that no pair names.
     """
-    several = len(depths) > 1
-    if several and config.pairs is not None and not config.teachers:
-        raise ConfigError(
-            f"there are the teachers {', '.join(depths)}; say in forcing.teachers which of them each of the "
-            f"{len(config.pairs)} forcing.pairs means."
-        )
-    named = config.teachers or tuple(depths) * (1 if config.pairs is None else len(config.pairs))
-    if unknown := sorted(set(named) - set(depths)):
-        there = ", ".join(depths) if set(depths) != {""} else "one without a label"
-        raise ConfigError(f"forcing.teachers names {', '.join(unknown)}; the teachers are {there}.")
-    if idle := [label for label in depths if label not in named]:
-        raise ConfigError(f"forcing.teachers {named} leaves out {', '.join(idle)}; name it, or drop it.")
-    if config.gate and several:
-        raise ConfigError("forcing.gate mixes student layers for one teacher; there are several. Clear it.")
-    config.check_count(len(named))
+    named = pair_labels(config, tuple(depths))
     chosen = config.pairs or ((max(1, round(0.75 * student_depth)), -1),) * len(named)
     return tuple(
         Pair(

@@ -15,6 +15,7 @@ from spatial_forcing.data.augment import Augment
 from spatial_forcing.data.info import parse_keys
 from spatial_forcing.errors import ConfigError
 from spatial_forcing.forcing import ForcingConfig
+from spatial_forcing.forcing.config import pair_labels
 from spatial_forcing.registry import did_you_mean
 from spatial_forcing.students import LoraSettings, StudentConfig
 from spatial_forcing.students.openvla_oft.files import is_hub_id
@@ -213,6 +214,8 @@ class TrainConfig:
                 f"{', '.join(source.label for source in self.sources)}; put all of them into teachers and "
                 "caches, and set teacher and cache to none (on the command line --teacher None)."
             )
+
+        pair_labels(self.forcing, tuple(source.label for source in self.sources))
 
     def _check(self, good: bool, name: str, wanted: str) -> None:
         if not good:

@@ -25,7 +25,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from spatial_forcing.nano_teacher.pretrain import augment
 from spatial_forcing.nano_teacher.scenes import SceneDataset
-from spatial_forcing.storage import progress_bar, replace_file, write_json
+from spatial_forcing.progress import progress_bar
+from spatial_forcing.storage import replace_file, write_json
 
 MASKED = 0.6
 """Share of the patches that are hidden, as in SimMIM."""

@@ -147,7 +147,7 @@ def test_a_run_with_two_cached_teachers_resumes_exactly_and_names_both(folders, 
     found = describe(load_student(whole.policy), whole.policy)
     assert (found["teacher"], found["teacher_licence"]) == ("fake + other", "Apache-2.0 + MIT")
     with pytest.raises(ConfigError, match=r"whole.*caches\.geometry"):
-        train(make_config(folders, tmp_path / "whole", forcing=method))
+        train(make_config(folders, tmp_path / "whole"))
 
 
 def test_caches_by_label_are_checked_like_one(folders, two_caches, tmp_path):

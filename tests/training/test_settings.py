@@ -165,6 +165,8 @@ def test_several_teachers_are_settings_by_label(tmp_path):
     assert replace(config, forcing=ForcingConfig(alpha=0.0)).sources == ()
     with pytest.raises(ConfigError, match=r"teacher is vggt-nano.*geometry, semantics.*--teacher None"):
         replace(make_config(tmp_path), teacher="vggt-nano", **named)
+    with pytest.raises(ConfigError, match=r"geometry, semantics.*forcing\.teachers"):
+        replace(config, forcing=ForcingConfig(pairs=((3, -1),)))
     with pytest.raises(ConfigError, match=r"caches.*by name"):
         override(config, {"caches": "dino"})
     with pytest.raises(ConfigError, match=r"caches\.a is 1"):
