@@ -19,4 +19,3 @@ def test_a_script_can_be_imported(path, monkeypatch):
     monkeypatch.syspath_prepend(str(path.parent))
     spec.loader.exec_module(module)
     assert module.__doc__
-    assert callable(module.main)
