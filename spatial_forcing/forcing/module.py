@@ -381,10 +381,11 @@ class SpatialForcing(nn.Module):
 
         `grid` says which tokens have a target, (B, V, h, w) bool.
         """
-        if isinstance(self.projector, GatedProjector):
-            pair = self.pairs[0]
+        pair = self.pairs[0]
+        gated = of_label(self.projector, pair.label)
+        if isinstance(gated, GatedProjector):  # the only one, and of the only teacher
             name = f"{pair.label or 'teacher'}{pair.layer}"
-            yield name, self.projector, self.projector.mix(list(hidden.values())), pair
+            yield name, gated, gated.mix(list(hidden.values())), pair
             return
         for i, pair in enumerate(self.pairs):
             own = self.projector[i] if isinstance(self.projector, nn.ModuleList) else self.projector

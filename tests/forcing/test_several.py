@@ -73,6 +73,19 @@ def test_a_single_teacher_is_bit_for_bit_what_it_was_and_keeps_its_keys():
     assert losses(named)[0] == losses(alone)[0]
 
 
+def test_the_gate_mixes_for_a_teacher_with_a_label_too():
+    options = {"gate": True, "pairs": ((1, -1), (3, -1))}
+    alone = forced(FakeTeacher(), **options)
+    named = forced({"geometry": FakeTeacher()}, **options)
+    state = alone.projector_state_dict()
+    state["projector.gate"] = torch.tensor([2.0, -1.0])
+    alone.load_projector_state_dict(state)
+    named.load_projector_state_dict(
+        {k.replace("projector.", "projector.geometry."): v for k, v in state.items()}
+    )
+    assert losses(named)[0] == losses(alone)[0]
+
+
 def test_every_pair_names_its_teacher_and_layers_of_one_share_a_projector():
     forcing = forced(
         teachers(), pairs=((1, 0), (2, -1), (4, 1)), teachers=("geometry", "semantics", "geometry")
