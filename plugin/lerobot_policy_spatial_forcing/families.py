@@ -13,15 +13,19 @@ from typing import Any
 from lerobot_policy_spatial_forcing.tokens import (
     Framing,
     Layout,
+    act_framing,
+    act_layout,
     paligemma_layout,
     pi_framing,
     qwen_framing,
     qwen_layout,
+    sequence_first,
     smolvla_framing,
     smolvla_layout,
     xvla_framing,
     xvla_layout,
 )
+from spatial_forcing.alignment import Sequencer
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class Family:
         bars: whether the framing may add padding, whose tokens then have no target.
         views: how many views are in this sequence, counted from the first; None: all.
         imagenet: whether the policy gets its images normalised with ImageNet's mean and deviation.
+        by_dataset: whether that is because LeRobot puts them in place of the dataset's statistics, which a
+            flag can switch off.
+        sequence: makes the (B, L, D) sequence of what enters a block; None: that is one.
         frozen: whether a configuration freezes all that lies below the tap.
         unfreeze: flags that fix it, without PEFT.
         peft_targets: a value for --peft.target_modules that adapts the language model.
@@ -59,6 +66,8 @@ class Family:
     bars: bool = True
     views: int | None = None
     imagenet: bool = False
+    by_dataset: bool = False
+    sequence: Sequencer | None = None
     frozen: Callable[[Any], bool] = lambda config: False
     unfreeze: str = ""
     peft_targets: str = ""
@@ -133,6 +142,21 @@ FAMILIES: dict[str, Family] = {
             frozen=lambda config: config.freeze_vision_encoder and config.freeze_language_encoder,
             unfreeze="--policy.freeze_vision_encoder=false --policy.freeze_language_encoder=false",
             peft_targets=r".*\.vlm\.language_model\.encoder\..*\.self_attn\.(q|k|v|out)_proj",
+        ),
+        Family(
+            "act",
+            "ACTConfig",
+            language_model="model.encoder",  # it reads images, state and latent together
+            norm=None,
+            below=("model.backbone", "model.encoder_img_feat_input_proj"),
+            framing=act_framing,
+            layout=act_layout,
+            bars=False,
+            imagenet=True,
+            by_dataset=True,
+            sequence=sequence_first,
+            unfreeze="trainable parameters",  # nothing in its configuration freezes them
+            peft_targets=r".*model\.encoder\.layers\..*\.(linear1|linear2)",
         ),
         Family(
             "eo1",

@@ -61,7 +61,8 @@ def check_training(config: Any) -> None:
     """Complete and check a training configuration whose policy is forced.
 
     Raises:
-        ConfigError: transforms that move pixels, or a policy frozen below the tap; names the flag.
+        ConfigError: transforms that move pixels, images normalised by the dataset's own statistics, or a
+            policy frozen below the tap; names the flag.
     """
     policy: Any = config.policy
     if policy.forcing.schedule_steps is None:
@@ -69,6 +70,11 @@ def check_training(config: Any) -> None:
     if policy.forcing.alpha == 0:
         return
     check_transforms(config.dataset.image_transforms)
+    if policy.family.by_dataset and not config.dataset.use_imagenet_stats:
+        raise ConfigError(
+            f"{policy.type} gets its images normalised by the dataset's statistics, which cannot be undone "
+            "for the teacher; set --dataset.use_imagenet_stats=true, LeRobot's default."
+        )
     if config.peft is None and not policy.use_peft and policy.family.frozen(policy):
         raise ConfigError(frozen_message(policy.type, None, policy.family.unfreeze))
 

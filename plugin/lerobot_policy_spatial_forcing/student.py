@@ -78,7 +78,8 @@ class PolicyStudent:
         """
         shown = self._shown(batch)
         chosen = self._chosen(shown)
-        return Alignment(self._layout(batch, shown, chosen), self._views(batch, chosen))
+        layout, views = self._layout(batch, shown, chosen), self._views(batch, chosen)
+        return Alignment(layout, views, sequence=self.family.sequence)
 
     def _layout(self, batch: Mapping[str, Any], shown: list[str], chosen: list[str]) -> TokenLayout:
         """Tokens on padding are invalid."""

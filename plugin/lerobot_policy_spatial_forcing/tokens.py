@@ -15,6 +15,7 @@ from torch import Tensor
 from spatial_forcing.alignment import TokenLayout, compose
 from spatial_forcing.data.geometry import Size, from_pixels, resize_map
 from spatial_forcing.data.letterbox import placement_map
+from spatial_forcing.errors import DataError
 from spatial_forcing.forcing import layout_from_input_ids, layout_from_offset
 
 Framing = Callable[[Any, Size], tuple[Tensor, Size]]
@@ -104,6 +105,40 @@ def xvla_layout(policy: Any, batch: Mapping[str, Any], keys: Sequence[str]) -> T
     for stride in policy.model.vlm.config.vision_config.patch_stride:
         size = (-(-size[0] // stride), -(-size[1] // stride))
     return layout_from_offset(len(image), 1, size, start=1, device=image.device)
+
+
+RESNET_STRIDE = 32
+"""Pixels of one cell of a ResNet's last feature map; 16 where its last stride is a dilation."""
+
+
+def _resnet_stride(policy: Any) -> int:
+    return RESNET_STRIDE // (2 if policy.config.replace_final_stride_with_dilation else 1)
+
+
+def act_framing(policy: Any, source: Size) -> tuple[Tensor, Size]:
+    """ACT: as delivered; a ResNet's strided convolutions are centred on the first pixel of a cell."""
+    half = _resnet_stride(policy) / 2
+    return from_pixels(torch.eye(2), torch.full((2,), -half), source, source), source
+
+
+def act_layout(policy: Any, batch: Mapping[str, Any], keys: Sequence[str]) -> TokenLayout:
+    """Latent, then robot and environment state where there are any, then every camera's feature map."""
+    sizes = {tuple(batch[key].shape[-2:]) for key in keys}
+    if len(sizes) > 1:
+        raise DataError(
+            f"the cameras {list(keys)} differ in size ({sorted(sizes)}), so ACT's feature maps differ, too; "
+            "resize them to one size in the dataset."
+        )
+    image, stride = batch[keys[0]], _resnet_stride(policy)
+    grid = (-(-image.shape[-2] // stride), -(-image.shape[-1] // stride))
+    config = policy.config
+    start = 1 + (config.robot_state_feature is not None) + (config.env_state_feature is not None)
+    return layout_from_offset(len(image), len(keys), grid, start=start, device=image.device)
+
+
+def sequence_first(calls: Sequence[Tensor]) -> Tensor:
+    """(L, B, D) to (B, L, D)."""
+    return calls[0].transpose(0, 1)
 
 
 def qwen_framing(policy: Any, source: Size) -> tuple[Tensor, Size]:

@@ -105,6 +105,9 @@ class Family:
     def batch(self, **changes: Any) -> dict[str, Any]:
         return self.finish(random_batch(**{"size": self.size, **changes}))
 
+    def steady(self, policy: Any) -> None:
+        """Weights with which a painted patch changes its own token most, where random ones need not."""
+
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What the family's processor makes of the images, again after a test has changed them."""
         return batch
@@ -237,6 +240,15 @@ class SmolVLA(Family):
             yield
 
 
+def imagenet(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with its images normalised by ImageNet's statistics."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    return {
+        key: (value - mean) / std if key.startswith("observation.images.") else value
+        for key, value in batch.items()
+    }
+
+
 class XVLA(Family):
     name = "xvla"
     token_image = 128
@@ -279,13 +291,33 @@ class XVLA(Family):
     }
 
     def batch(self, **changes: Any) -> dict[str, Any]:
-        batch = super().batch(**changes)
-        for key in list(batch):
-            if key.startswith("observation.images."):
-                mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-                std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-                batch[key] = (batch[key] - mean) / std
-        return batch
+        return imagenet(super().batch(**changes))
+
+
+class ACT(Family):
+    name = "act"
+    token_image = 256
+    bars = False
+    size = (128, 128)
+    sizes = {
+        "dim_model": WIDTH,
+        "n_heads": 4,
+        "dim_feedforward": 96,
+        "n_encoder_layers": DEPTH,
+        "n_vae_encoder_layers": 1,
+        "latent_dim": 8,
+        "pretrained_backbone_weights": None,
+    }
+
+    def batch(self, **changes: Any) -> dict[str, Any]:
+        return imagenet(super().batch(**changes))
+
+    @torch.no_grad()
+    def steady(self, policy: Any) -> None:
+        """Means instead of random convolutions: every cell sees its surroundings, and its centre most."""
+        for weight in policy.model.backbone.parameters():
+            if weight.ndim == 4:
+                weight.abs_().div_(weight.flatten(1).sum(1)[:, None, None, None])
 
 
 class EO1(Family):
@@ -373,9 +405,12 @@ class EO1(Family):
 def parameters_of(policy: Any) -> list[Any]:
     """What LeRobot's optimizer trains."""
     found = policy.get_optim_params()
-    return [p for p in (found.values() if isinstance(found, dict) else found) if p.requires_grad]
+    listed = list(found.values() if isinstance(found, dict) else found)
+    if listed and isinstance(listed[0], dict):
+        listed = [p for group in listed for p in group["params"]]
+    return [p for p in listed if p.requires_grad]
 
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (Pi("pi0"), Pi("pi05"), Pi0Fast(), SmolVLA(), XVLA(), EO1())
+    family.name: family for family in (Pi("pi0"), Pi("pi05"), Pi0Fast(), SmolVLA(), XVLA(), EO1(), ACT())
 }

@@ -163,8 +163,8 @@ def test_peft_keeps_the_projector_trainable_and_saves_it(family, tmp_path):
 @families
 def test_another_familys_checkpoint_is_refused(family, tmp_path):
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text(json.dumps({"type": "act"}))
-    with pytest.raises(CheckpointError, match=f"checkpoint of 'act', not of '{family.name}'"):
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"type": "tdmpc"}))
+    with pytest.raises(CheckpointError, match=f"checkpoint of 'tdmpc', not of '{family.name}'"):
         family.load(f"{family.name}_sf", tmp_path / "other", family.forced().config)
 
 

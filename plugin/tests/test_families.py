@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lerobot_policy_spatial_forcing import guards
 
 from plugin.tests.builders import FAMILIES, parameters_of
 from spatial_forcing.alignment import transform
+from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.forcing.tap import first_norm
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -21,7 +25,8 @@ def first_input(policy, batch):
     policy.stock_forward(batch)
     hook.remove()
     assert len(seen) == 1
-    return seen[0]
+    sequence = policy.forcing.student.family.sequence
+    return seen[0] if sequence is None else sequence(seen)
 
 
 @families
@@ -43,6 +48,7 @@ def test_the_tap_fires_once(family):
 def test_token_grids_point_at_the_right_patches(family, shape):
     """Painting one patch changes most the position that the layout claims, at the first block's input."""
     policy = family.forced().eval()
+    family.steady(policy)
     side = family.token_image
     size = {"token image": (side, side), "wide": (side // 2, side), "tall": (side, side // 2)}[shape]
     batch = family.batch(size=size, B=1)
@@ -203,9 +209,31 @@ def test_losses_of_single_samples_share_the_alignment(name):
     torch.testing.assert_close(losses, stock + 0.5 * metrics["align_loss"])
 
 
+def test_act_refuses_cameras_of_different_sizes():
+    family = FAMILIES["act"]
+    batch = family.batch()
+    batch["observation.images.wrist"] = torch.rand(2, 3, 64, 128)
+    with pytest.raises(DataError, match=r"\(64, 128\), \(128, 128\)"):
+        family.forced().train()(batch)
+
+
+def test_act_needs_imagenet_statistics():
+    """With the dataset's own, the teacher would see other colours than the camera's."""
+    policy = FAMILIES["act"].forced().config
+    plain = SimpleNamespace(enable=False)
+
+    def training(imagenet):
+        dataset = SimpleNamespace(image_transforms=plain, use_imagenet_stats=imagenet)
+        return SimpleNamespace(policy=policy, steps=5, dataset=dataset, peft=None)
+
+    guards.check_training(training(True))
+    with pytest.raises(ConfigError, match="use_imagenet_stats=true"):
+        guards.check_training(training(False))
+
+
 @families
 def test_cameras_of_different_sizes_are_shown_as_token_images(family):
-    if family.name in ("xvla", "eo1"):
+    if family.name in ("xvla", "eo1", "act"):
         pytest.skip("one view is aligned, or any size becomes tokens without bars")
     policy = family.forced().train()
     batch = family.batch()

@@ -67,7 +67,7 @@ def preprocessor(family):
     def run(batch):
         B = len(batch["observation.state"])
         made = {**random_batch(family.size, B), **batch}
-        if family.name == "xvla":
+        if family.name in ("xvla", "act"):
             for key in [key for key in batch if key.startswith("observation.images.")]:
                 mean, std = (
                     torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

@@ -21,7 +21,7 @@ from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.registry import did_you_mean
 from spatial_forcing.storage import replace_file, write_json
 
-FAMILIES = ("pi0", "pi05", "pi0_fast", "smolvla", "xvla", "eo1")
+FAMILIES = ("pi0", "pi05", "pi0_fast", "smolvla", "xvla", "eo1", "act")
 """LeRobot's policies that have a `<type>_sf`."""
 
 SUFFIX = "_sf"
