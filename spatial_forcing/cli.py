@@ -92,6 +92,7 @@ COMMANDS: Commands = {
     "analyse": Command("analyse:analyse", "gradient audit, rank and collapse, CKA, t-SNE and PCA of a run"),
     "export": Command("train:export", "write the bare policy of a run: no teacher, no projector"),
     "lerobot": {
+        "list": Command("lerobot:list_policies", "LeRobot's policies: what is aligned in each, or why not"),
         "init": Command("lerobot:init", "turn a stock LeRobot checkpoint into one the plugin fine-tunes"),
         "export": Command("lerobot:export", "turn a checkpoint of the plugin back into the stock policy's"),
     },

@@ -9,13 +9,14 @@ import sys
 import draccus
 import pytest
 import torch
+from lerobot.configs.policies import PreTrainedConfig
 from lerobot_policy_spatial_forcing.families import FAMILIES as TABLE
 from lerobot_policy_spatial_forcing.settings import ForcingSettings
 from safetensors.torch import load_file
 
 from plugin.tests.builders import FAMILIES, parameters_of
 from spatial_forcing.commands.lerobot import FAMILIES as COMMAND_FAMILIES
-from spatial_forcing.commands.lerobot import ExportOptions, InitOptions, export, init
+from spatial_forcing.commands.lerobot import NOT_ALIGNED, ExportOptions, InitOptions, export, init
 from spatial_forcing.errors import CheckpointError, ConfigError
 
 PI0 = FAMILIES["pi0"]
@@ -24,6 +25,11 @@ families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 def test_the_command_knows_the_same_families():
     assert set(COMMAND_FAMILIES) == set(TABLE) == set(FAMILIES)
+
+
+def test_every_policy_of_lerobot_is_listed():
+    policies = {name for name in PreTrainedConfig.get_known_choices() if not name.endswith("_sf")}
+    assert policies == set(COMMAND_FAMILIES) | set(NOT_ALIGNED)
 
 
 def step(policy, family, seed=0):

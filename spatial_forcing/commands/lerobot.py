@@ -1,4 +1,4 @@
-"""`spatial-forcing lerobot init | export`: between LeRobot's stock checkpoints and those of the plugin.
+"""`spatial-forcing lerobot list | init | export`: which policies are aligned, and checkpoints to and fro.
 
 Only files are changed, so LeRobot need not be installed. The guide is docs/lerobot.md.
 """
@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Annotated, Any
 
 import tyro
@@ -21,14 +22,50 @@ from spatial_forcing.errors import CheckpointError, ConfigError
 from spatial_forcing.registry import did_you_mean
 from spatial_forcing.storage import replace_file, write_json
 
-FAMILIES = ("pi0", "pi05", "pi0_fast", "smolvla", "xvla", "eo1", "act")
-"""LeRobot's policies that have a `<type>_sf`."""
+FAMILIES: Mapping[str, str] = {
+    "pi0": "PaliGemma's language model; 16 x 16 tokens a view",
+    "pi05": "PaliGemma's language model; 16 x 16 tokens a view",
+    "pi0_fast": "PaliGemma's language model; 16 x 16 tokens a view",
+    "smolvla": "SmolLM2's first 16 blocks; 8 x 8 tokens a view",
+    "xvla": "Florence-2's encoder; the first view only",
+    "eo1": "Qwen2.5-VL's language model; grids of any size",
+    "act": "ACT's transformer encoder; one token for 32 x 32 pixels",
+}
+"""LeRobot's policies that have a `<type>_sf`, and what is tapped."""
+_UNBUILT = "where its tokens lie could not be checked: it is not built without a download"
+_POOLED = "a tap in its vision encoder is not written yet"
+NOT_ALIGNED: Mapping[str, str] = {
+    "diffusion": f"images become one pooled vector before the denoiser; {_POOLED}",
+    "multi_task_dit": f"of an image only CLIP's class token reaches the denoiser; {_POOLED}",
+    "vqbet": f"images become one pooled vector before the transformer; {_POOLED}",
+    "groot": f"images leave the batch, cropped at random for each sample; {_UNBUILT}",
+    "wall_x": f"images become tokens inside the forward; {_UNBUILT}",
+    "vla_jepa": f"images become tokens inside the forward; {_UNBUILT}",
+    "evo1": f"frozen below the tap in stage 1; {_UNBUILT}",
+    "molmoact2": f"overlapping crops with 2 x 2 pooling are no single grid a view; {_UNBUILT}",
+    "fastwam": "a video model: its tokens are latents of several frames, whose places were not checked",
+    "lingbot_va": "a video model: its tokens are latents of several frames, whose places were not checked",
+    "tdmpc": "a world model for reinforcement learning whose encoder gives one vector an image",
+    "gaussian_actor": "an actor of reinforcement learning, not fine-tuned on demonstrations",
+}
+"""LeRobot 0.6's other policies, and why they are not aligned."""
 
 SUFFIX = "_sf"
+WIDTH, INDENT = 80, 17
 CONFIG, TRAIN_CONFIG = "config.json", "train_config.json"
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 MARK = "spatial_forcing."
 """In the name of every weight that is not the stock policy's."""
+
+
+def list_policies() -> None:
+    """LeRobot's policies: which can be trained with Spatial Forcing, what is aligned, or why not."""
+    for name, what in FAMILIES.items():
+        print(f"{name + SUFFIX:<16} {what}")
+    print("\nnot aligned:")
+    for name, why in NOT_ALIGNED.items():
+        for number, line in enumerate(wrap(why, WIDTH - INDENT)):
+            print(f"{'' if number else name:<{INDENT - 1}} {line}")
 
 
 @dataclass(frozen=True)

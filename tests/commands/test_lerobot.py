@@ -9,7 +9,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spatial_forcing.commands.lerobot import ExportOptions, InitOptions, export, init
+from spatial_forcing.commands.lerobot import (
+    FAMILIES,
+    NOT_ALIGNED,
+    ExportOptions,
+    InitOptions,
+    export,
+    init,
+    list_policies,
+)
 from spatial_forcing.errors import CheckpointError, ConfigError
 
 CONFIG = {"type": "pi05", "chunk_size": 50, "input_features": {}}
@@ -25,6 +33,18 @@ def stock(tmp_path):
     (folder / "policy_preprocessor.json").write_text("{}")
     save_file(WEIGHTS, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def test_every_policy_is_listed_with_its_tap_or_the_reason(capsys):
+    list_policies()
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(text.split())
+    assert not set(FAMILIES) & set(NOT_ALIGNED)
+    for name, tapped in FAMILIES.items():
+        assert f"{name}_sf {tapped}" in words
+    for name, reason in NOT_ALIGNED.items():
+        assert f"{name} {reason}" in words
 
 
 def test_there_and_back(stock, tmp_path):
