@@ -25,6 +25,7 @@ from spatial_forcing.teachers import load_teacher
 from spatial_forcing.teachers.da3 import DA3, DA3Teacher
 from spatial_forcing.teachers.da3.teacher import DA3_CARDS
 from spatial_forcing.teachers.image import FAMILIES, ImageTeacher
+from spatial_forcing.teachers.moge import MOGE_CARDS
 from spatial_forcing.teachers.vggt import VGGT, VGGTConfig, VGGTTeacher
 
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -34,11 +35,15 @@ SO400M = {
     "hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304,
     "patch_size": 14, "image_size": 384,
 }  # fmt: skip
+SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
 SIGLIP_BASE = {**BASE, "intermediate_size": 3072, "patch_size": 16, "image_size": 224}
 IMAGE_TEACHERS: Mapping[str, tuple[str, dict[str, Any], int]] = {
     "facebook/dinov2-base": ("dinov2", {**BASE, **DINO}, 224),
     "facebook/dinov2-large": ("dinov2", {**LARGE, **DINO}, 224),
     "facebook/dinov2-with-registers-large": ("dinov2_with_registers", {**LARGE, **DINO}, 224),
+    # Their encoders are DINOv2's.
+    "depth-anything/Depth-Anything-V2-Small-hf": ("dinov2", {**SMALL, **DINO}, 518),
+    "depth-anything/Depth-Anything-V2-Large-hf": ("dinov2", {**LARGE, **DINO}, 518),
     "facebook/dinov3-vitb16-pretrain-lvd1689m": (
         "dinov3_vit", {**BASE, **DINO3, "intermediate_size": 3072, "num_register_tokens": 4}, 224,
     ),
@@ -109,6 +114,8 @@ def makers() -> dict[str, Callable[[], Any]]:
         )
     for name in IMAGE_TEACHERS:
         found[name] = lambda name=name: image_teacher(name)
+    for name in MOGE_CARDS:
+        found[name] = lambda name=name: load_teacher(f"random:{name}")
     return found
 
 

@@ -476,12 +476,12 @@ _card(
     "depth-anything/Depth-Anything-V2-Small-hf",
     "Apache-2.0",
     "Has learned depth from single images: its DINOv2 ViT-S.",
-    TeacherFacts(22.1, 384, 518),
+    TeacherFacts(22.1, 384, 518, cost=0.029),
 )
 _card(
     "depth-anything/Depth-Anything-V2-Large-hf",
     "CC-BY-NC-4.0",
     "Has learned depth from single images: its DINOv2 ViT-L. Not for commercial use.",
-    TeacherFacts(304.4, 1024, 518),
+    TeacherFacts(304.4, 1024, 518, cost=0.32),
     "depth-anything/Depth-Anything-V2-Small-hf",
 )

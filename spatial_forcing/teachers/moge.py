@@ -206,10 +206,10 @@ MOGE_CARDS: dict[str, str] = {}
 """Backbones of the registered models, so that random weights of them need no download."""
 
 for _name, _backbone, _facts in (
-    ("vits-normal", "dinov2_vits14", TeacherFacts(22.1, 384, SIDE)),
-    ("vitb-normal", "dinov2_vitb14", TeacherFacts(86.6, 768, SIDE)),
-    ("vitl", "dinov2_vitl14", TeacherFacts(304.4, 1024, SIDE)),
-    ("vitl-normal", "dinov2_vitl14", TeacherFacts(304.4, 1024, SIDE)),
+    ("vits-normal", "dinov2_vits14", TeacherFacts(22.1, 384, SIDE, cost=0.029)),
+    ("vitb-normal", "dinov2_vitb14", TeacherFacts(86.6, 768, SIDE, cost=0.088)),
+    ("vitl", "dinov2_vitl14", TeacherFacts(304.4, 1024, SIDE, cost=0.33)),
+    ("vitl-normal", "dinov2_vitl14", TeacherFacts(304.4, 1024, SIDE, cost=0.33)),
 ):
     _hub = f"Ruicheng/moge-2-{_name}"
     MOGE_CARDS[_hub] = _backbone
