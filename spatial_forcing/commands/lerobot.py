@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import wrap
+from textwrap import fill
 from typing import Annotated, Any
 
 import tyro
@@ -51,7 +51,6 @@ NOT_ALIGNED: Mapping[str, str] = {
 """LeRobot 0.6's other policies, and why they are not aligned."""
 
 SUFFIX = "_sf"
-WIDTH, INDENT = 80, 17
 CONFIG, TRAIN_CONFIG = "config.json", "train_config.json"
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 MARK = "spatial_forcing."
@@ -64,8 +63,7 @@ def list_policies() -> None:
         print(f"{name + SUFFIX:<16} {what}")
     print("\nnot aligned:")
     for name, why in NOT_ALIGNED.items():
-        for number, line in enumerate(wrap(why, WIDTH - INDENT)):
-            print(f"{'' if number else name:<{INDENT - 1}} {line}")
+        print(fill(why, 80, initial_indent=f"{name:<16} ", subsequent_indent=" " * 17))
 
 
 @dataclass(frozen=True)

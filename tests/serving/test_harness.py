@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from vla_eval.api import evaluate, run
 
 from spatial_forcing.cli import main
 from spatial_forcing.commands.compare import CheckpointOptions, checkpoints
@@ -19,14 +20,9 @@ from spatial_forcing.commands.serve import ServeOptions
 from spatial_forcing.commands.serve import serve as serve_command
 from spatial_forcing.errors import ConfigError, DataError
 from spatial_forcing.evaluation.results import read_harness_results
+from spatial_forcing.serving.harness import PolicyServer, as_request
 from spatial_forcing.serving.policy import load_policy
-
-vla_eval = pytest.importorskip("vla_eval", reason="vla-eval is not installed")
-
-from vla_eval.api import evaluate, run  # noqa: E402
-
-from spatial_forcing.serving.harness import PolicyServer, as_request  # noqa: E402
-from tests.serving.toy_benchmark import Room  # noqa: E402
+from tests.serving.toy_benchmark import Room
 
 BENCHMARK = {"benchmark": "tests.serving.toy_benchmark:Room", "episodes_per_task": 3}
 
