@@ -48,7 +48,6 @@ class TeacherMeasure:
         frame: bytes of one frame in a raw bf16 cache.
         tokens: effective rank, constant share of the norm, mean cosine of two tokens.
         depth: of a linear readout, on held-out episodes; None where the dataset lacks depth.
-        floor: the same of the mean depth image, which knows nothing of a frame.
         agreement: between views; None without two cameras, depth and poses.
     """
 
